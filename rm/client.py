@@ -1,0 +1,337 @@
+"""The SDK: connect, submit, follow. A job here is like a future whose work outlives this process.
+
+    import rm
+    client = rm.connect()
+    job = client.submit("python train.py", num_gpus=2)
+    job.wait()
+
+Nothing here decides or stores anything: every call is a request to the allocator, or a read of what it committed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rm import context
+from rm.core.model import Kind
+from rm.errors import InvalidSpec, RmError
+from rm.job import Job
+from rm.lease import Lease
+from rm.packing import pack_directory, pack_function, sha256
+from rm.spec import Config, JobSpec, build_spec, default_owner
+from rm.submission import Environment, submitter_environment
+from rm.views import EventView, JobView, NodeView
+
+HEARTBEAT_S = 2.0
+"""How often an attached client says that it is alive."""
+ATTACHED_TTL_S = 10.0
+"""How long it may be silent before its jobs are cancelled."""
+LEASE_TTL_S = 15.0
+
+Entry = Callable[..., Any] | str | Sequence[str]
+
+
+def connect(address: str | None = None, *, config: Config | None = None, start: bool = True) -> Client:
+    """Connect to the allocator of the Ray cluster at `address`, starting it where none runs.
+
+    `address`: "host:port" of the cluster's GCS; None means RAY_ADDRESS, else the cluster of this machine.
+    Raises NoCluster within 5 s where there is none, AuthenticationFailed where its token is missing.
+    """
+    from rm.runtime.connect import connect_actors
+
+    return Client(connect_actors(address, config=config, start=start))
+
+
+class Client:
+    """A connection to one allocator. Make it with `rm.connect()`; use it from any thread."""
+
+    def __init__(self, actors: Any) -> None:
+        self._actors = actors
+        self._heartbeat = Heartbeat(self)
+        self.owner = default_owner()
+
+    # --- submitting --------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        entry: Entry,
+        *args: Any,
+        kwargs: dict[str, Any] | None = None,
+        attach: bool = False,
+        **options: Any,
+    ) -> Job:
+        """Ask for GPUs and run `entry` on them: a Python function with arguments, or a command.
+
+        Options: `num_gpus` (or `nodes` and `gpus_per_node`), `name`, `gpu_type`, `cpus_per_gpu`, `memory_per_gpu`,
+        `labels`, `strategy`, `nproc_per_node` (a number or "gpu"), `time_limit` and `grace` (seconds, "90m", "2h"),
+        `priority`, `queue`, `max_retries`, `max_infra_retries`, `env`, `working_dir`, `runtime_env`.
+        `attach=True`: the job is cancelled when this process goes away.
+        Raises InvalidSpec, Infeasible, NotPicklable, PayloadTooLarge: nothing was accepted then.
+        """
+        return self._send([self._draft(entry, args, kwargs or {}, attach, options)], attach)[0]
+
+    def submit_many(self, entries: Iterable[Any], *, attach: bool = False, **options: Any) -> list[Job]:
+        """Submit many jobs in one durable step, all or none.
+
+        Each entry is a command, a function, a tuple (function, *args), or a dict with "entry", optional "args" and
+        "kwargs", and options that override the common `options`.
+        """
+        drafts = []
+        for each in entries:
+            entry, args, kwargs, own = _unfold(each)
+            drafts.append(self._draft(entry, args, kwargs, attach, {**options, **own}))
+        return self._send(drafts, attach)
+
+    def lease(self, *, timeout: float | None = None, ttl: float = LEASE_TTL_S, **options: Any) -> Lease:
+        """GPUs for your own Ray tasks and actors, held until the `with` block ends or this process dies.
+
+        `timeout`: seconds to wait for the GPUs (None: as long as it takes). Options as for `submit`.
+        """
+        options.setdefault("name", "lease")
+        environment = submitter_environment(options)
+        spec = self._spec(Kind.LEASE, environment, options, ttl_s=ttl)
+        (job,) = self._send([Draft(spec, {})], attach=True)
+        return Lease(self, job, timeout)
+
+    def _draft(
+        self,
+        entry: Entry,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        attach: bool,
+        options: dict[str, Any],
+    ) -> Draft:
+        options = dict(options)
+        environment = submitter_environment(options)
+        blobs: dict[str, bytes] = {}
+        fields: dict[str, Any] = {"ttl_s": ATTACHED_TTL_S} if attach else {}
+        if callable(entry):
+            payload = pack_function(entry, args, kwargs)
+            blobs[sha256(payload)] = payload
+            fields["payload_sha256"] = sha256(payload)
+            kind = Kind.FUNCTION
+            options.setdefault("name", getattr(entry, "__name__", "function"))
+        else:
+            if args or kwargs:
+                raise InvalidSpec(
+                    "args: a command takes no arguments of its own; put them into it", field="args"
+                )
+            fields["command"] = command = _words(entry)
+            kind = Kind.COMMAND
+            options.setdefault("name", _command_name(command))
+        if environment.working_dir is not None:
+            archive = environment.archive(pack_directory)
+            blobs[sha256(archive)] = archive
+            fields["working_dir_sha256"] = sha256(archive)
+        return Draft(self._spec(kind, environment, options, **fields), blobs)
+
+    def _spec(self, kind: Kind, environment: Environment, options: dict[str, Any], **fields: Any) -> JobSpec:
+        fields |= {_FIELD_NAMES.get(key, key): value for key, value in options.items()}
+        return build_spec(
+            **{"owner": self.owner, **fields},
+            kind=kind,
+            env=environment.env,
+            runtime_env=environment.runtime_env,
+            cwd=environment.cwd,
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        )
+
+    def _send(self, drafts: list[Draft], attach: bool) -> list[Job]:
+        blobs: dict[str, bytes] = {}
+        for draft in drafts:
+            blobs |= draft.blobs
+        if blobs:
+            known = self._store("has_blobs", list(blobs))
+            for digest, data in blobs.items():
+                if digest not in known:
+                    self._store("put_blob", data, timeout_s=300)
+        # One key per job: if the answer is lost and the call made again, the ledger knows them.
+        keys = [uuid.uuid4().hex for _ in drafts]
+        ids = self._allocator("submit", [draft.spec for draft in drafts], keys, timeout_s=120)
+        if attach:
+            self._heartbeat.add(ids)
+        return [Job(self, job_id) for job_id in ids]
+
+    # --- looking -----------------------------------------------------------------------------------------
+
+    def job(self, job_id: str | int) -> Job:
+        """The job with this id ("j17", "17" or 17). Raises UnknownJob."""
+        text = str(job_id)
+        job = Job(self, f"j{text}" if text.isdigit() else text)
+        job.view()
+        return job
+
+    def jobs(
+        self, *, all: bool = False, owner: str | None = None, name: str | None = None, limit: int = 100
+    ) -> list[Job]:
+        """Jobs, newest first: those that live, with `all=True` the ended ones too."""
+        views: list[JobView] = self._allocator("jobs", live_only=not all, owner=owner, name=name, limit=limit)
+        return JobList(Job(self, view.id, view) for view in views)
+
+    def nodes(self) -> list[NodeView]:
+        """The cluster's nodes: what is charged to jobs, held by other work, and free."""
+        nodes: list[NodeView] = self._allocator("nodes")
+        return nodes
+
+    def events(self, *, after: int = 0, limit: int = 1000) -> list[EventView]:
+        """The history of the whole cluster from the ledger, oldest first."""
+        events: list[EventView] = self._allocator("events", None, after, limit)
+        return events
+
+    def hello(self) -> dict[str, Any]:
+        """Who answers: version, ledger, home, pid."""
+        hello: dict[str, Any] = self._allocator("hello")
+        return hello
+
+    def stop_allocator(self, *, cancel_jobs: bool = False, keep_jobs: bool = False) -> None:
+        """End the allocator. Refused while jobs live, unless they are to be cancelled, or kept for the next one."""
+        from rm.runtime.connect import stop_actors
+
+        if not keep_jobs:
+            self._allocator("shutdown", cancel=cancel_jobs, by=self.owner, timeout_s=600)
+        self._heartbeat.stop()
+        stop_actors(self._actors)
+
+    # --- calling -----------------------------------------------------------------------------------------
+
+    def _allocator(self, method: str, *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
+        from rm.runtime.connect import call
+
+        return call(getattr(self._actors.allocator, method).remote(*args, **kwargs), timeout_s)
+
+    def _store(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        from rm.runtime.connect import call
+
+        return call(getattr(self._actors.store, method).remote(*args), timeout_s)
+
+    def __repr__(self) -> str:
+        hello = self._actors.hello
+        return f"<rm.Client of ledger {hello['ledger_key']} in {hello['home']}>"
+
+
+class Draft:
+    """One request on its way: the spec, and the blobs that it names."""
+
+    __slots__ = ("blobs", "spec")
+
+    def __init__(self, spec: JobSpec, blobs: dict[str, bytes]) -> None:
+        self.spec = spec
+        self.blobs = blobs
+
+
+class JobList(list[Job]):
+    """A list of jobs that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        from rm.notebook import jobs_table
+
+        return jobs_table([job.last for job in self])
+
+
+class Heartbeat:
+    """Says for the attached jobs of this process that it is alive. One daemon thread, started when needed."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._ids: set[str] = set()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, job_ids: Iterable[str]) -> None:
+        with self._lock:
+            self._ids |= set(job_ids)
+            if self._thread is None or not self._thread.is_alive():
+                self._wake.clear()
+                self._thread = threading.Thread(target=self._run, name="rm-heartbeat", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._wake.wait(HEARTBEAT_S):
+            with self._lock:
+                ids = sorted(self._ids)
+            if not ids:
+                continue
+            try:
+                statuses = self._client._allocator("heard", ids, timeout_s=HEARTBEAT_S * 2)
+            except RmError:
+                continue  # it restarts; what matters is that somebody asks again
+            except Exception:
+                return  # this process has left the cluster
+            ended = {"SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"}
+            with self._lock:
+                self._ids -= {job_id for job_id, status in statuses.items() if status in ended}
+
+
+def require_gpus(
+    num_gpus: float, *, detach: bool = False, client: Client | None = None, **options: Any
+) -> None:
+    """Make this very script run on GPUs: call it first thing in main().
+
+    Inside a job it returns at once. Outside it submits the script with its arguments as a job
+    (`nproc_per_node="gpu"` unless said otherwise), streams the logs and exits with the job's exit code. With
+    `detach` it prints the job's id and exits; without, the job is cancelled if this process dies.
+    """
+    if context.in_job():
+        return
+    from rm.attached import follow_to_exit
+
+    client = client or connect()
+    options.setdefault("nproc_per_node", "gpu" if num_gpus >= 1 else 1)
+    options.setdefault("name", os.path.basename(sys.argv[0]))  # noqa: PTH119
+    # "python", not our own path: on its node the runner's environment stands first on PATH.
+    command = ["python", *sys.argv]
+    job = client.submit(command, num_gpus=num_gpus, attach=not detach, **options)
+    if detach:
+        print(f"{job.id} submitted; follow it with: rmctl logs -f {job.id}")
+        raise SystemExit(0)
+    raise SystemExit(follow_to_exit(job))
+
+
+_FIELD_NAMES = {"time_limit": "time_limit_s", "grace": "grace_s"}
+
+
+def _words(entry: Any) -> tuple[str, ...]:
+    """A command as words. A string is a shell command line, with all that a shell offers."""
+    if isinstance(entry, str):
+        if not entry.strip():
+            raise InvalidSpec("command: it is empty; say what to run", field="command")
+        # Without shell syntax no shell is needed, and "no such command" is told apart from a failing script.
+        plain = not set(entry) & set("|&;<>()$`\\\"'*?[]#~=%!{}\n")
+        return tuple(entry.split()) if plain else ("bash", "-c", entry)
+    if isinstance(entry, Sequence) and entry and all(isinstance(word, str | os.PathLike) for word in entry):
+        return tuple(os.fspath(word) for word in entry)
+    raise InvalidSpec(
+        f"command: must be a function, a string or a list of words, not {type(entry).__name__}",
+        field="command",
+    )
+
+
+def _command_name(command: tuple[str, ...]) -> str:
+    """What people call it: the script, or the program."""
+    words = [word for word in command if not word.startswith("-")]
+    if command[:2] == ("bash", "-c"):
+        words = command[2].split() or ["bash"]
+    script = next(
+        (word for word in words if word.endswith((".py", ".sh"))), words[0] if words else command[0]
+    )
+    return os.path.basename(script)[:80]  # noqa: PTH119
+
+
+def _unfold(each: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    if isinstance(each, dict):
+        own = dict(each)
+        if "entry" not in own:
+            raise InvalidSpec('entries: each dict needs an "entry": a function or a command', field="entries")
+        return own.pop("entry"), tuple(own.pop("args", ())), own.pop("kwargs", {}), own
+    if isinstance(each, tuple) and each and callable(each[0]):
+        return each[0], each[1:], {}, {}
+    return each, (), {}, {}

@@ -1,0 +1,184 @@
+"""What happened. The only way to change `ClusterState`, and what the ledger keeps.
+
+Each event is a fact with the time `at` (seconds since the epoch). Events about an attempt carry its number,
+so that news of an old attempt can be told from news of the live one. `durable` events are written to the
+ledger before any effect of theirs leaves the process; the others are observations that a restart makes anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rm.core.model import Job, NodeShape, Outcome, PlacedBundle, StopCause
+from rm.core.reasons import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    durable: ClassVar[bool] = True
+    at: float
+    job: Job
+
+    @property
+    def job_id(self) -> str:
+        return self.job.id
+
+
+@dataclass(frozen=True, slots=True)
+class AvailabilityChecked:
+    """The scheduler looked at a queued job. `reason` is None where it fits. Recorded when the answer changes."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    reason: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobAdmitted:
+    """A plan gave the job these places. Quota and GPUs are charged from here on."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+    placed: tuple[PlacedBundle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementReady:
+    """Ray holds the placement group. Ends the Reserve effect."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveFailed:
+    """The group could not be had. Ends the Reserve effect."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The first line of user code is about to run on every rank. `hosts`: bundle → address."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+    hosts: tuple[str, ...] = ()
+    gpu_ids: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunExited:
+    """Every process of the attempt is gone. Ends the Run effect."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class RunLost:
+    """A runner or its node died, or could not be started. Ends the Run effect."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody or something wants the job to end: a user, its time limit, the loss of its holder."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    cause: StopCause
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementReleased:
+    """The attempt's GPUs are seen free again. Ends the Release effect."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    name: str
+    gpu_slots: int
+    cpu_milli: int
+    memory_bytes: int
+    labels: tuple[tuple[str, str], ...] = ()
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignUseObserved:
+    """What work that is not ours holds on a node."""
+
+    durable: ClassVar[bool] = False
+    at: float
+    node_id: str
+    gpu_units: int
+    cpu_milli: int
+    memory_bytes: int
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTypesObserved:
+    """What the autoscaler could still launch. Empty where no autoscaler runs."""
+
+    durable: ClassVar[bool] = False
+    at: float
+    shapes: tuple[NodeShape, ...]
+    job_id: ClassVar[None] = None
+
+
+Event = (
+    JobSubmitted
+    | AvailabilityChecked
+    | JobAdmitted
+    | PlacementReady
+    | ReserveFailed
+    | RunStarted
+    | RunExited
+    | RunLost
+    | StopRequested
+    | PlacementReleased
+    | NodeJoined
+    | NodeLost
+    | ForeignUseObserved
+    | NodeTypesObserved
+)

@@ -1,0 +1,202 @@
+"""The nouns: node, gang, job, attempt, outcome. All immutable: a change makes a new record.
+
+Readers therefore share these records with the state that made them and can never see half a change.
+Times are seconds since the epoch as the allocator's clock gave them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rm.core.reasons import Reason
+from rm.core.resources import Bundle, Devices, gpu_count
+
+
+class Status(StrEnum):
+    """The state of a job as people see it. `docs/states.md` has a section for each."""
+
+    QUEUED = "QUEUED"
+    RESERVING = "RESERVING"
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+    @property
+    def terminal(self) -> bool:
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.TIMED_OUT})
+
+
+class Strategy(StrEnum):
+    """How a gang's bundles spread over nodes; Ray's four words."""
+
+    PACK = "PACK"
+    STRICT_PACK = "STRICT_PACK"
+    SPREAD = "SPREAD"
+    STRICT_SPREAD = "STRICT_SPREAD"
+
+
+class Kind(StrEnum):
+    """What runs in the allocation. A lease runs nothing of ours."""
+
+    COMMAND = "command"
+    FUNCTION = "function"
+    LEASE = "lease"
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """`count` equal bundles, all or nothing, on nodes that carry every label (and one of the GPU types)."""
+
+    bundle: Bundle
+    count: int = 1
+    strategy: Strategy = Strategy.PACK
+    gpu_types: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def gpu_units(self) -> int:
+        return self.bundle.gpu_units * self.count
+
+    def __str__(self) -> str:
+        shape = f"{gpu_count(self.bundle.gpu_units):g} GPU"
+        kind = f" ({' or '.join(self.gpu_types)})" if self.gpu_types else ""
+        return f"{self.count} × {shape}{kind}" if self.count > 1 else f"{shape}{kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of the Ray cluster. `devices`, `cpu_free_milli`, `memory_free_bytes` are after our own charges.
+
+    `foreign_units`: GPUs that Ray counts as used and that no group of ours holds.
+    """
+
+    id: str
+    name: str
+    gpu_slots: int
+    devices: Devices
+    cpu_milli: int
+    cpu_free_milli: int
+    memory_bytes: int
+    memory_free_bytes: int
+    labels: tuple[tuple[str, str], ...] = ()
+    foreign_units: int = 0
+    foreign_cpu_milli: int = 0
+    foreign_memory_bytes: int = 0
+
+    @property
+    def gpu_type(self) -> str | None:
+        return dict(self.labels).get("ray.io/accelerator-type")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShape:
+    """What one node of a type has when it is empty, and how many of them there can be at most."""
+
+    gpu_slots: int
+    cpu_milli: int
+    memory_bytes: int
+    labels: tuple[tuple[str, str], ...] = ()
+    most: int = 1
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBundle:
+    """One bundle of an attempt: the node it is pinned to and the device slots it takes there."""
+
+    node_id: str
+    slots: tuple[int, ...]
+
+
+class Phase(StrEnum):
+    """Where an attempt stands. RESERVING: its group is being made. STARTING: runners and user code start."""
+
+    RESERVING = "RESERVING"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    RELEASING = "RELEASING"
+
+
+class StopCause(StrEnum):
+    """Why an attempt was told to stop. The first cause wins."""
+
+    CANCELLED = "cancelled"
+    TIME_LIMIT = "time_limit"
+    HOLDER_LOST = "holder_lost"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt or a job ended. `tail`: the last lines that the failing rank printed."""
+
+    status: Status
+    message: str = ""
+    rank: int | None = None
+    node_id: str | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    tail: tuple[str, ...] = ()
+    infra: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at running a job. `number` counts from 1; events of an older number are dropped."""
+
+    number: int
+    placed: tuple[PlacedBundle, ...]
+    phase: Phase
+    admitted_at: float
+    started_at: float | None = None
+    stop: StopCause | None = None
+    stop_by: str = ""
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One accepted request. `seq` is its place in the order of submission; `attempt` the live one, if any."""
+
+    id: str
+    seq: int
+    name: str
+    owner: str
+    kind: Kind
+    gang: Gang
+    submitted_at: float
+    queue: str = "default"
+    priority: int = 0
+    time_limit_s: float | None = None
+    grace_s: float = 30.0
+    max_retries: int = 0
+    max_infra_retries: int = 3
+    ttl_s: float | None = None
+    """Attached jobs and leases: the longest silence of the holder. The runtime listens and reports."""
+    status: Status = Status.QUEUED
+    attempt: Attempt | None = None
+    attempts: int = 0
+    failures: int = 0
+    infra_failures: int = 0
+    eligible_at: float = 0.0
+    queued_at: float = 0.0
+    first_started_at: float | None = None
+    ended_at: float | None = None
+    outcome: Outcome | None = None
+    reason: Reason | None = field(default=None)
+
+    @property
+    def order_key(self) -> tuple[int, int]:
+        return -self.priority, self.seq
+
+
+def attempt_key(job_id: str, number: int) -> str:
+    """`j17.1`: the name of an attempt in Ray, in the ledger and in log paths."""
+    return f"{job_id}.{number}"

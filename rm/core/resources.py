@@ -1,0 +1,107 @@
+"""Amounts of GPU, CPU and memory, and what one node's devices can still give.
+
+GPU amounts are integers in ten-thousandths of a device (`GPU_UNIT`), Ray's own resolution, so that sums are
+exact. A request below one device takes part of a single device: two halves on two devices are not a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GPU_UNIT = 10_000
+"""One whole GPU."""
+
+
+def gpu_units(gpus: float) -> int:
+    """`gpus` (a count, possibly fractional) in integer units. Rounds to Ray's resolution of 0.0001."""
+    return round(gpus * GPU_UNIT)
+
+
+def gpu_count(units: int) -> float:
+    """The inverse of `gpu_units`, an int where it is whole so that it prints as people write it."""
+    whole, part = divmod(units, GPU_UNIT)
+    return whole if part == 0 else units / GPU_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What one bundle of a gang holds on one node.
+
+    `gpu_units` is a multiple of GPU_UNIT, or less than one. `cpu_milli` and `memory_bytes` may be 0.
+    """
+
+    gpu_units: int
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """The free units of each GPU of one node, by slot.
+
+    A slot stands for a device whose identity only Ray knows. Ray gives a fractional request the fullest device
+    that still holds it; `take` does the same, so that the multiset of free shares stays equal to Ray's.
+    """
+
+    free: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, count: int) -> Devices:
+        return cls((GPU_UNIT,) * count)
+
+    @property
+    def total_free(self) -> int:
+        return sum(self.free)
+
+    def fits(self, units: int) -> bool:
+        if units >= GPU_UNIT:
+            return self.free.count(GPU_UNIT) * GPU_UNIT >= units
+        return any(free >= units for free in self.free)
+
+    def copies(self, units: int) -> int:
+        """How many requests of `units` fit at once."""
+        if units >= GPU_UNIT:
+            return self.free.count(GPU_UNIT) * GPU_UNIT // units
+        return sum(free // units for free in self.free)
+
+    def take(self, units: int) -> tuple[tuple[int, ...], Devices]:
+        """The slots that `units` take, and what is left. Raises ValueError where they don't fit."""
+        if not self.fits(units):
+            raise ValueError(f"{units} units do not fit in {self.free}")
+        if units >= GPU_UNIT:
+            slots = tuple(i for i, free in enumerate(self.free) if free == GPU_UNIT)[: units // GPU_UNIT]
+        else:
+            slots = (min((i for i, f in enumerate(self.free) if f >= units), key=lambda i: self.free[i]),)
+        return slots, self.take_slots(slots, units)
+
+    def take_slots(self, slots: tuple[int, ...], units: int) -> Devices:
+        """What is left when these very slots are taken."""
+        return self._changed(slots, units, -1)
+
+    def give(self, slots: tuple[int, ...], units: int) -> Devices:
+        """The inverse of `take`."""
+        return self._changed(slots, units, +1)
+
+    def _changed(self, slots: tuple[int, ...], units: int, sign: int) -> Devices:
+        per_slot = min(GPU_UNIT, units)
+        changed = list(self.free)
+        for slot in slots:
+            changed[slot] += sign * per_slot
+            assert 0 <= changed[slot] <= GPU_UNIT, "a device was given or taken twice"
+        return Devices(tuple(changed))
+
+    def without_foreign(self, units: int) -> Devices:
+        """What is left when somebody else holds `units`, on devices that we can't know.
+
+        Whole devices first, the remainder from the freest one: the pessimistic reading, so that we never plan a
+        whole GPU that a stranger shares.
+        """
+        changed = list(self.free)
+        while units > 0:
+            slot = max(range(len(changed)), key=changed.__getitem__, default=None)
+            if slot is None or changed[slot] == 0:
+                break
+            taken = min(units, changed[slot])
+            changed[slot] -= taken
+            units -= taken
+        return Devices(tuple(changed))

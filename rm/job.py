@@ -1,0 +1,172 @@
+"""One job as its submitter sees it: a handle that asks the allocator, and the store for logs and results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import cloudpickle
+
+from rm.errors import InternalError, JobFailed, JobNotFinished
+from rm.logs import LogReader
+from rm.views import EventView, JobView
+
+if TYPE_CHECKING:
+    from rm.client import Client
+
+WAIT_SLICE_S = 20.0
+TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"})
+
+
+class Why(dict[str, Any]):
+    """A reason: a dict (code, message, evidence, advice) that prints as a sentence."""
+
+    def __str__(self) -> str:
+        advice = f" ({self['advice']})" if self.get("advice") else ""
+        return f"{self['code']}: {self['message']}{advice}"
+
+    __repr__ = __str__
+
+
+class Job:
+    """A handle. It holds nothing but the id: any process that can connect can make one with `client.job(id)`."""
+
+    def __init__(self, client: Client, job_id: str, view: JobView | None = None) -> None:
+        self._client = client
+        self._view = view
+        self.id = job_id
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def view(self) -> JobView:
+        """Everything about the job, read now."""
+        self._view = self._client._allocator("job", self.id)
+        return self._view
+
+    @property
+    def last(self) -> JobView:
+        """What was last read, without asking again."""
+        return self._view or self.view()
+
+    @property
+    def status(self) -> str:
+        """QUEUED, RESERVING, RUNNING, STOPPING, SUCCEEDED, FAILED, CANCELLED or TIMED_OUT, read now."""
+        return self.view().status
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The metrics that the job's rank 0 reported last, {} if none."""
+        return dict((self.view().progress or {}).get("metrics", {}))
+
+    @property
+    def name(self) -> str:
+        return self.last.name
+
+    def why(self) -> Why:
+        """Why it does not run yet, with evidence and what could be changed."""
+        return Why(self._client._allocator("why", self.id))
+
+    def events(self) -> list[EventView]:
+        """What happened to it, oldest first, from the ledger."""
+        events: list[EventView] = self._client._allocator("events", self.id)
+        return events
+
+    # --- waiting -----------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> JobView:
+        """Wait until the job has ended and its GPUs are free again. Raises JobNotFinished after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = WAIT_SLICE_S if deadline is None else deadline - time.monotonic()
+            view = self.changed(None, max(0.0, min(left, WAIT_SLICE_S)))
+            if view.status in TERMINAL:
+                return view
+            if deadline is not None and time.monotonic() >= deadline:
+                raise JobNotFinished(
+                    f"{self.id} is still {view.status} after {timeout:g} s; it goes on", job=self.id
+                )
+
+    def changed(self, status: str | None, timeout: float = WAIT_SLICE_S) -> JobView:
+        """The job once its status differs from `status`, or it has ended, or `timeout` seconds have passed."""
+        self._view = self._client._allocator("wait", self.id, timeout, status, timeout_s=timeout + 60)
+        return self._view
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the function returned (None for a command). Raises JobFailed, from the job's own exception if it had one."""
+        view = self.wait(timeout)
+        data = self._client._store("get_result", self.id) if view.kind == "function" else None
+        payload = cloudpickle.loads(data) if data else {}
+        if view.status == "SUCCEEDED":
+            if view.kind == "function" and "ok" not in payload:
+                raise InternalError(f"{self.id} succeeded, but its result is not in the store")
+            return payload.get("ok")
+        raise self._failure(view) from _own_exception(payload)
+
+    def _failure(self, view: JobView) -> JobFailed:
+        outcome = view.outcome or {}
+        tail = list(outcome.get("tail") or ())
+        text = f"{self.id} {view.status}: {outcome.get('message') or 'no reason was recorded'}"
+        if tail:
+            text += "\n  last lines:\n" + "\n".join(f"    {line}" for line in tail[-10:])
+        return JobFailed(
+            text,
+            job=self.id,
+            status=view.status,
+            rank=outcome.get("rank"),
+            exit_code=outcome.get("exit_code"),
+            signal=outcome.get("signal"),
+            tail=tail,
+        )
+
+    def cancel(self) -> JobView:
+        """Ask the job to end: SIGTERM, its grace, SIGKILL. Returns at once; `wait()` for the end."""
+        self._view = self._client._allocator("cancel", self.id, self._client.owner)
+        return self._view
+
+    # --- logs --------------------------------------------------------------------------------------------
+
+    @overload
+    def logs(
+        self, *, follow: Literal[False] = False, rank: int | None = None, stream: str | None = None
+    ) -> str: ...
+
+    @overload
+    def logs(
+        self, *, follow: Literal[True], rank: int | None = None, stream: str | None = None
+    ) -> Iterator[str]: ...
+
+    def logs(
+        self, *, follow: bool = False, rank: int | None = None, stream: str | None = None
+    ) -> str | Iterator[str]:
+        """The last attempt's output as text; with `follow` an iterator of lines that ends when the job does.
+
+        `rank`: only that one. `stream`: "out" or "err", default both. With several ranks lines begin with
+        "[rank N]".
+        """
+        reader = LogReader(self, rank=rank, stream=stream)
+        return reader.follow() if follow else "".join(line + "\n" for line in reader.read())
+
+    # --- showing -----------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        view = self.last
+        return f"<rm.Job {self.id} {view.name!r} {view.status} {view.gpus:g} GPU>"
+
+    def _repr_html_(self) -> str:
+        from rm.notebook import job_card
+
+        view = self.view()
+        return job_card(view, self.why() if view.status == "QUEUED" else None)
+
+
+def _own_exception(payload: dict[str, Any]) -> BaseException | None:
+    """The exception that the function raised, where it travelled."""
+    error = payload.get("error") or {}
+    data = error.get("pickled") or error.get("exception")
+    if isinstance(data, bytes):
+        try:
+            data = cloudpickle.loads(data)
+        except Exception:
+            return None
+    return data if isinstance(data, BaseException) else None

@@ -1,0 +1,86 @@
+"""Reading a job's logs from the store: all of it, or as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rm.job import Job
+
+CHUNK_BYTES = 1 << 20
+NEWS_S = 5.0
+"""How long one wait for news lasts; between waits the job's status is looked at."""
+
+
+class LogReader:
+    """The lines of one job, of every rank and stream asked for."""
+
+    def __init__(self, job: Job, *, rank: int | None, stream: str | None) -> None:
+        self._job = job
+        self._rank = rank
+        self._stream = stream
+        self._offsets: dict[tuple[int, int, str], int] = {}
+        self._partial: dict[tuple[int, int, str], bytes] = {}
+        self._ranks: set[int] = set()
+
+    def read(self) -> list[str]:
+        """What the last attempt has printed up to now, rank by rank."""
+        files = self._files()
+        last = max((each.attempt for each in files), default=0)
+        lines: list[str] = []
+        for each in files:
+            if each.attempt == last:
+                lines += self._news(each)
+                lines += self._rest(each)
+        return lines
+
+    def follow(self) -> Iterator[str]:
+        """Every line as it comes, of this attempt and of later ones, until the job has ended."""
+        while True:
+            # The status first: what was printed before the end is then surely in the store.
+            ended = self._job.view().ended
+            moved = False
+            for each in self._files():
+                for line in self._news(each):
+                    moved = True
+                    yield line
+                if ended or each.closed:
+                    yield from self._rest(each)
+            if ended:
+                return
+            if not moved:
+                self._job._client._store("news", self._job.id, NEWS_S)
+
+    def _files(self) -> list[Any]:
+        files = self._job._client._store("logs", self._job.id)
+        self._ranks |= {each.rank for each in files}
+        return [
+            each
+            for each in sorted(files, key=lambda f: (f.attempt, f.rank, f.stream != "out"))
+            if self._rank in (None, each.rank) and self._stream in (None, each.stream)
+        ]
+
+    def _news(self, file: Any) -> Iterator[str]:
+        """Whole lines that are new."""
+        key = file.attempt, file.rank, file.stream
+        while True:
+            offset = self._offsets.get(key, 0)
+            chunk = self._job._client._store("read_log", self._job.id, *key, offset, CHUNK_BYTES)
+            if not chunk.data:
+                return
+            self._offsets[key] = chunk.next_offset
+            *lines, rest = (self._partial.get(key, b"") + chunk.data).split(b"\n")
+            self._partial[key] = rest
+            for line in lines:
+                yield self._show(file.rank, line)
+
+    def _rest(self, file: Any) -> Iterator[str]:
+        """The last line, where it has no newline."""
+        rest = self._partial.pop((file.attempt, file.rank, file.stream), b"")
+        if rest:
+            yield self._show(file.rank, rest)
+
+    def _show(self, rank: int, line: bytes) -> str:
+        text = line.decode(errors="replace")
+        return f"[rank {rank}] {text}" if len(self._ranks) > 1 else text

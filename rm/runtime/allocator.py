@@ -1,0 +1,373 @@
+"""The allocator of record: a detached actor that owns the writer, the ledger and everything that acts.
+
+Restarted by Ray whenever it dies (`max_restarts=-1`), it comes back by reading the ledger, then Ray's own tables,
+and only then schedules. Its methods are thin: they validate, hand an event to the writer, or read what is
+committed. No method waits for another process in the writer's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+import rm
+from rm.core.cycle import why
+from rm.core.events import StopRequested
+from rm.core.model import Job, Kind, Status, StopCause, attempt_key
+from rm.core.reasons import Reason
+from rm.core.shapes import resolve
+from rm.errors import AllocatorUnavailable, LeaseLost, LedgerUnavailable, UnknownJob, UnknownQueue
+from rm.ledger import Ledger
+from rm.runtime.gangs import Gangs
+from rm.runtime.holders import Holders
+from rm.runtime.nodes import NodeWatch
+from rm.runtime.placements import Placements, bundle_resources
+from rm.runtime.runners import Runners
+from rm.runtime.writer import Writer
+from rm.spec import Config, JobSpec
+from rm.views import EventView, JobView, NodeView, job_view, node_view, reason_dict
+
+log = logging.getLogger("rm.allocator")
+
+HOLDERS_LOOK_S = 1.0
+NODE_TYPES_LOOK_S = 60.0
+LONGEST_WAIT_S = 30.0
+"""Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
+SPECS_KEPT = 2_000
+QUEUES = frozenset({"default"})
+
+
+class Allocator:
+    """The actor's class, one per cluster, named "allocator" in namespace "rm"."""
+
+    def __init__(self, config: Config) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        self._config = config
+        self._began = time.time()
+        self._ready = asyncio.Event()
+        self._broken: Exception | None = None
+        self._closing = False
+        self._specs: OrderedDict[str, JobSpec] = OrderedDict()
+        self._progress: dict[str, dict[str, Any]] = {}
+        self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._holders = Holders()
+        self._tasks: list[asyncio.Task[None]] = []
+        # The constructor must return before the actor's event loop runs: the first call is our own.
+        ray.get_runtime_context().current_actor.live.remote()
+
+    @ray.method(max_task_retries=0)
+    async def live(self) -> None:
+        """Recover, then run until `shutdown`. Called by the constructor alone."""
+        try:
+            await self._recover()
+        except Exception as error:
+            log.exception("the allocator can't start")
+            self._broken = error
+            self._ready.set()
+            return
+        self._ready.set()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _recover(self) -> None:
+        config = self._config
+        self._ledger = await asyncio.to_thread(Ledger.open, config.ledger_url)
+        self._placements = Placements(self._ledger.key)
+        runners = Runners(self._ledger.key)
+        self._watch = NodeWatch(
+            lambda event: self._writer.post(event),
+            self._placements.ours,
+            clock=time.time,
+            poll_s=config.node_poll_s,
+        )
+        self._gangs = Gangs(
+            self._ledger,
+            config,
+            self._placements,
+            runners,
+            self._watch,
+            lambda event: self._writer.post(event),
+            time.time,
+        )
+        self._writer = Writer(
+            self._ledger,
+            clock=time.time,
+            execute=self._gangs.execute,
+            max_pending=config.max_pending,
+            check=bool(os.environ.get("RM_CHECK")),
+        )
+        # Observe first: what groups exist decides what is ours, and what is free.
+        await self._placements.find()
+        self._writer.recover()
+        await self._remove_orphans(runners)
+        await self._watch.observe()
+        await self._watch.observe_node_types()
+        for job in self._writer.state.jobs.values():
+            if job.ttl_s is not None:
+                self._holders.add(job.id, job.ttl_s)
+        self._writer.start_scheduling()
+        self._tasks = [
+            asyncio.create_task(self._writer.run()),
+            asyncio.create_task(self._watch.run()),
+            asyncio.create_task(self._listen_for_holders()),
+            asyncio.create_task(self._look_at_node_types()),
+        ]
+
+    async def _remove_orphans(self, runners: Runners) -> None:
+        """Groups of ours whose attempt the ledger doesn't know as live: nobody would ever release them."""
+        live = {
+            attempt_key(job.id, job.attempt.number) for job in self._writer.state.jobs.values() if job.attempt
+        }
+        for attempt in self._placements.attempts() - live:
+            log.warning("removing the group of %s: the ledger knows no such live attempt", attempt)
+            handle = self._placements.handle(attempt)
+            bundles = len(handle.bundle_specs) if handle else 1
+            await runners.kill(attempt, bundles)
+            await self._placements.remove(attempt)
+
+    async def _listen_for_holders(self) -> None:
+        while True:
+            await asyncio.sleep(HOLDERS_LOOK_S)
+            for job_id in self._holders.silent():
+                self._writer.post(StopRequested(time.time(), job_id, StopCause.HOLDER_LOST))
+
+    async def _look_at_node_types(self) -> None:
+        while True:
+            await asyncio.sleep(NODE_TYPES_LOOK_S)
+            with contextlib.suppress(Exception):
+                await self._watch.observe_node_types()
+
+    # --- asked by clients ----------------------------------------------------------------------------------
+
+    async def hello(self) -> dict[str, Any]:
+        """Who answers: version, ledger, pid, since when."""
+        await self._up()
+        return {
+            "version": rm.__version__,
+            "ledger_key": self._ledger.key,
+            "ledger_url": _without_password(self._config.ledger_url),
+            "home": str(self._config.home),
+            "pid": os.getpid(),
+            "began": self._began,
+            "broken": self._writer.broken,
+            "live_jobs": len(self._writer.view().jobs),
+        }
+
+    async def submit(self, specs: list[JobSpec], keys: list[str]) -> list[str]:
+        """Accept requests, all or none. Durable when this returns; a key seen before gives its first job's id."""
+        await self._up()
+        if self._closing:
+            raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
+        known = await asyncio.to_thread(self._ledger.submitted, keys)
+        drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]] = []
+        shapes = self._writer.state.node_shapes()
+        for spec, key in zip(specs, keys, strict=True):
+            if key in known:
+                continue
+            if spec.queue not in QUEUES:
+                raise UnknownQueue(
+                    f"queue: there is no queue {spec.queue!r}; known queues: {', '.join(sorted(QUEUES))}",
+                    field="queue",
+                )
+            gang = resolve(spec.resources.request(), shapes)
+            drafts.append((spec, key, _maker(spec, gang)))
+        accepted = iter(await self._writer.submit(drafts) if drafts else [])
+        ids = [known.get(key) or next(accepted) for key in keys]
+        for spec, job_id in zip(specs, ids, strict=True):
+            self._remember(job_id, spec)
+            if spec.ttl_s is not None:
+                self._holders.add(job_id, spec.ttl_s)
+        return ids
+
+    async def job(self, job_id: str) -> JobView:
+        """One job, live or ended. Raises UnknownJob."""
+        await self._up()
+        return await self._view(await self._find(job_id))
+
+    async def jobs(
+        self, *, live_only: bool = True, owner: str | None = None, name: str | None = None, limit: int = 100
+    ) -> list[JobView]:
+        """Jobs, newest first: all that live, and with `live_only=False` the ended ones too."""
+        await self._up()
+        if not live_only:
+            rows = await asyncio.to_thread(self._ledger.jobs, owner=owner, name=name, limit=limit)
+            live = self._writer.view().jobs
+            return [await self._view(live.get(row.job.id, row.job), row.spec) for row in rows]
+        chosen = [
+            job
+            for job in self._writer.view().jobs.values()
+            if owner in (None, job.owner) and name in (None, job.name)
+        ]
+        chosen.sort(key=lambda job: -job.seq)
+        return [await self._view(job) for job in chosen[:limit]]
+
+    async def wait(self, job_id: str, timeout_s: float, seen_status: str | None = None) -> JobView:
+        """The job once it has ended, or its status is no longer `seen_status`, or `timeout_s` has passed."""
+        await self._up()
+        deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
+        while True:
+            job = await self._find(job_id)
+            left = deadline - time.monotonic()
+            if job.status.terminal or (seen_status not in (None, str(job.status))) or left <= 0:
+                return await self._view(job)
+            await self._writer.changed(job_id, left)
+
+    async def cancel(self, job_id: str, by: str, *, released: bool = False) -> JobView:
+        """Ask the job to end. Durable when this returns; a job that has ended already is left as it is."""
+        await self._up()
+        job = await self._find(job_id)
+        if not job.status.terminal:
+            cause = StopCause.RELEASED if released and job.kind is Kind.LEASE else StopCause.CANCELLED
+            await self._writer.request(StopRequested(time.time(), job_id, cause, "" if released else by))
+        return await self._view(await self._find(job_id))
+
+    async def heard(self, job_ids: list[str]) -> dict[str, str]:
+        """The holder of these jobs is alive. Returns each job's status."""
+        await self._up()
+        for job_id in job_ids:
+            self._holders.heard(job_id)
+        return {job_id: str((await self._find(job_id)).status) for job_id in job_ids}
+
+    async def why(self, job_id: str) -> dict[str, Any]:
+        """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so."""
+        await self._up()
+        job = await self._find(job_id)
+        reason = reason_dict(self._reason(job) or _not_waiting(job))
+        assert reason is not None
+        return reason
+
+    async def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
+        """The ledger's history, oldest first."""
+        await self._up()
+        if job_id is not None:
+            await self._find(job_id)
+        return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
+
+    async def nodes(self) -> list[NodeView]:
+        """Every node with what is charged, foreign and free on it."""
+        await self._up()
+        view = self._writer.view()
+        on: dict[str, list[str]] = {}
+        for job in view.jobs.values():
+            for node_id in {each.node_id for each in job.attempt.placed} if job.attempt else ():
+                on.setdefault(node_id, []).append(job.id)
+        nodes = sorted(view.nodes.values(), key=lambda node: (-node.gpu_slots, node.name, node.id))
+        return [node_view(node, tuple(sorted(on.get(node.id, ())))) for node in nodes]
+
+    async def lease(self, job_id: str) -> dict[str, Any]:
+        """What the holder of a running lease needs for its own Ray work: the group and its bundles."""
+        await self._up()
+        job = await self._find(job_id)
+        if job.attempt is None or job.status is not Status.RUNNING:
+            raise LeaseLost(f"lease {job_id} is {job.status}", job=job_id)
+        group_id = self._placements.group_id(attempt_key(job_id, job.attempt.number))
+        if group_id is None:
+            raise LeaseLost(f"lease {job_id} has lost its placement group", job=job_id)
+        return {
+            "group_id": group_id,
+            "bundles": [bundle_resources(job.gang.bundle)] * job.gang.count,
+            "nodes": [each.node_id for each in job.attempt.placed],
+        }
+
+    @ray.method(max_task_retries=0)
+    async def shutdown(self, *, cancel: bool, by: str = "") -> None:
+        """End: with `cancel` every job first, else only if none lives. The caller then kills the actor."""
+        await self._up()
+        live = list(self._writer.view().jobs.values())
+        if live and not cancel:
+            raise AllocatorUnavailable(
+                f"{len(live)} jobs are live; `rmctl stop --cancel-jobs` ends them first, "
+                "`rmctl stop --keep-jobs` leaves them running for the next allocator"
+            )
+        self._closing = True
+        for job in live:
+            await self._writer.request(StopRequested(time.time(), job.id, StopCause.CANCELLED, by))
+        while self._writer.view().jobs:
+            await asyncio.sleep(0.05)
+        self._writer.stop()
+
+    # --- told by runners -----------------------------------------------------------------------------------
+
+    async def progress(self, job_id: str, attempt: int, report: dict[str, Any]) -> None:
+        """What rank 0 last reported. Kept in memory: it is a courtesy to people, not a fact to decide on."""
+        await self._up()
+        job = self._writer.view().jobs.get(job_id)
+        if job is not None and job.attempt is not None and job.attempt.number == attempt:
+            self._last_progress[job_id] = report
+            self._last_progress.move_to_end(job_id)
+            while len(self._last_progress) > SPECS_KEPT:
+                self._last_progress.popitem(last=False)
+
+    # --- shared --------------------------------------------------------------------------------------------
+
+    async def _up(self) -> None:
+        await self._ready.wait()
+        if self._broken is not None:
+            if isinstance(self._broken, LedgerUnavailable):
+                raise self._broken
+            raise AllocatorUnavailable(f"the allocator could not start: {self._broken!r}")
+
+    async def _find(self, job_id: str) -> Job:
+        view = self._writer.view()
+        job = view.jobs.get(job_id) or view.ended.get(job_id)
+        if job is None:
+            row = await asyncio.to_thread(self._ledger.job, job_id)
+            if row is None:
+                raise UnknownJob(f"no job {job_id!r} in this ledger; `rmctl ls --all` lists them", job=job_id)
+            job = row.job
+        return job
+
+    async def _view(self, job: Job, spec: JobSpec | None = None) -> JobView:
+        spec = spec or await self._spec(job.id)
+        names = {node.id: node.name for node in self._writer.view().nodes.values()}
+        return job_view(
+            job,
+            command=_command_line(spec),
+            progress=self._last_progress.get(job.id),
+            node_names=names,
+            reason=self._reason(job),
+        )
+
+    def _reason(self, job: Job) -> Reason | None:
+        if job.status is not Status.QUEUED or job.id not in self._writer.state.jobs:
+            return None
+        return why(self._writer.state, job, time.time())
+
+    async def _spec(self, job_id: str) -> JobSpec:
+        if job_id not in self._specs:
+            self._remember(job_id, await asyncio.to_thread(self._ledger.spec, job_id))
+        return self._specs[job_id]
+
+    def _remember(self, job_id: str, spec: JobSpec) -> None:
+        self._specs[job_id] = spec
+        while len(self._specs) > SPECS_KEPT:
+            self._specs.popitem(last=False)
+
+
+def _maker(spec: JobSpec, gang: Any) -> Callable[[str, int], Job]:
+    return lambda job_id, seq: spec.job(job_id, seq, gang, time.time())
+
+
+def _command_line(spec: JobSpec) -> str:
+    return shlex.join(spec.command) if spec.command else spec.name
+
+
+def _not_waiting(job: Job) -> Reason:
+    if job.status.terminal:
+        how = f": {job.outcome.message}" if job.outcome and job.outcome.message else ""
+        return Reason("Ended", f"it does not wait: {job.status}{how}")
+    return Reason("NotWaiting", f"it does not wait for GPUs: it is {job.status} and holds {job.gang}")
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)

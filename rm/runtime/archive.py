@@ -1,0 +1,70 @@
+"""The actor "store": `FileStore` on the head node, apart from the allocator.
+
+Bulk never passes through the allocator's decision path: logs, functions, working directories and results go
+between clients, runners and this actor. It keeps no state of its own beyond the files, so a restart loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rm.store import FileStore, LogChunk, LogFile
+
+FOLLOW_SLICE_S = 10.0
+"""Longest that one read waits for news; the reader asks again."""
+
+
+class Store:
+    """The actor's class. Every method is idempotent: callers retry."""
+
+    def __init__(self, root: str, max_log_bytes: int) -> None:
+        self._files = FileStore(Path(root), max_log_bytes)
+        self._news: dict[str, asyncio.Event] = {}
+
+    async def has_blobs(self, sha256s: list[str]) -> set[str]:
+        return await asyncio.to_thread(self._files.has_blobs, sha256s)
+
+    async def put_blob(self, data: bytes) -> str:
+        return await asyncio.to_thread(self._files.put_blob, data)
+
+    async def get_blob(self, sha256: str) -> bytes:
+        return await asyncio.to_thread(self._files.get_blob, sha256)
+
+    async def put_result(self, job_id: str, attempt: int, data: bytes) -> None:
+        await asyncio.to_thread(self._files.put_result, job_id, attempt, data)
+
+    async def get_result(self, job_id: str) -> bytes | None:
+        return await asyncio.to_thread(self._files.get_result, job_id)
+
+    async def logs(self, job_id: str) -> list[LogFile]:
+        return await asyncio.to_thread(self._files.logs, job_id)
+
+    async def append_log(
+        self, job_id: str, attempt: int, rank: int, stream: str, offset: int, data: bytes
+    ) -> int:
+        written = await asyncio.to_thread(self._files.append_log, job_id, attempt, rank, stream, offset, data)
+        self._tell(job_id)
+        return written
+
+    async def close_log(self, job_id: str, attempt: int, rank: int, stream: str) -> None:
+        await asyncio.to_thread(self._files.close_log, job_id, attempt, rank, stream)
+        self._tell(job_id)
+
+    async def read_log(
+        self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int
+    ) -> LogChunk:
+        return await asyncio.to_thread(self._files.read_log, job_id, attempt, rank, stream, offset, max_bytes)
+
+    async def news(self, job_id: str, timeout_s: float) -> None:
+        """Return when any log of the job has grown or closed, or after `timeout_s`."""
+        event = self._news.setdefault(job_id, asyncio.Event())
+        try:
+            await asyncio.wait_for(event.wait(), min(timeout_s, FOLLOW_SLICE_S))
+        except TimeoutError:
+            self._news.pop(job_id, None)
+
+    def _tell(self, job_id: str) -> None:
+        event = self._news.pop(job_id, None)
+        if event is not None:
+            event.set()

@@ -1,0 +1,407 @@
+"""Carrying out the core's effects with Ray. One asyncio task per effect; each ends in exactly one event.
+
+    Reserve ─► capacity seen free ─► group made ─► PlacementReady │ ReserveFailed
+    Run     ─► runners in the group ─► user code ─► RunStarted … RunExited │ RunLost
+    Stop    ─► hurries the Reserve or Run of the same attempt along
+    Release ─► runners ended, group removed, removal seen ─► PlacementReleased
+
+Every effect may be asked for again (after a restart, after a commit that seemed to fail): one that is under way
+is left alone, one that is done finds its group and runners and says the same again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from ray.exceptions import RayError, RuntimeEnvSetupError
+
+from rm.core.effects import Effect, Release, Reserve, Run, Stop
+from rm.core.events import (
+    Event,
+    PlacementReady,
+    PlacementReleased,
+    ReserveFailed,
+    RunExited,
+    RunLost,
+    RunStarted,
+)
+from rm.core.model import Kind, Outcome, PlacedBundle, Status, attempt_key
+from rm.core.resources import gpu_count
+from rm.ledger import Ledger
+from rm.runtime.nodes import NodeWatch, Seen
+from rm.runtime.orders import RunOrder, RunResult, Seat
+from rm.runtime.placements import Placements
+from rm.runtime.runners import Runners
+from rm.spec import Config, JobSpec
+
+log = logging.getLogger("rm.gangs")
+
+REMOVE_AGAIN_S = 5.0
+"""Removal is asked for again when the group is still there after this long: Ray can lose the first request."""
+STOP_SLACK_S = 15.0
+"""Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
+
+_Key = tuple[str, int]
+
+
+class Gangs:
+    """Executes effects; posts events. Runs in the writer's event loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        config: Config,
+        placements: Placements,
+        runners: Runners,
+        watch: NodeWatch,
+        post: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._config = config
+        self._placements = placements
+        self._runners = runners
+        self._watch = watch
+        self._post = post
+        self._clock = clock
+        self._tasks: dict[tuple[type[Effect], _Key], asyncio.Task[None]] = {}
+        self._stops: dict[_Key, _Stopping] = {}
+        self._claims: dict[str, tuple[str, dict[str, int]]] = {}
+        """Groups asked for and not yet seen: attempt → (group id once it has one, GPU units by node)."""
+
+    def execute(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            key = effect.job_id, effect.attempt
+            match effect:
+                case Reserve():
+                    self._spawn(Reserve, key, self._reserve(effect))
+                case Run():
+                    self._spawn(Run, key, self._run(effect))
+                case Release():
+                    self._spawn(Release, key, self._release(effect))
+                case Stop():
+                    self._stopping(key).ask(effect.grace_s)
+
+    async def close(self) -> None:
+        """Drop everything under way; groups and runners stay for the next allocator to adopt."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spawn(self, kind: type[Effect], key: _Key, work: Coroutine[Any, Any, None]) -> None:
+        slot = kind, key
+        if slot in self._tasks:
+            work.close()
+            return
+        task = self._tasks[slot] = asyncio.create_task(work, name=f"{kind.__name__} {key[0]}.{key[1]}")
+        task.add_done_callback(lambda done: self._finished(slot, done))
+
+    def _finished(self, slot: tuple[type[Effect], _Key], task: asyncio.Task[None]) -> None:
+        self._tasks.pop(slot, None)
+        if slot[0] is Release:
+            self._stops.pop(slot[1], None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s broke", task.get_name(), exc_info=error)
+
+    def _stopping(self, key: _Key) -> _Stopping:
+        return self._stops.setdefault(key, _Stopping())
+
+    # --- reserve -----------------------------------------------------------------------------------------
+
+    async def _reserve(self, effect: Reserve) -> None:
+        attempt = attempt_key(effect.job_id, effect.attempt)
+        stop = self._stopping((effect.job_id, effect.attempt))
+        making = asyncio.create_task(self._make_group(effect, attempt))
+        stopped = asyncio.create_task(stop.asked.wait())
+        await asyncio.wait([making, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not making.done():
+            making.cancel()
+        try:
+            failure = await making
+        except asyncio.CancelledError:
+            failure = "stopped while its placement group was being made"
+        except Exception as error:
+            failure = f"Ray could not make the placement group: {error}"
+        now = self._clock()
+        if failure is None:
+            self._post(PlacementReady(now, effect.job_id, effect.attempt))
+        else:
+            self._claims.pop(attempt, None)
+            self._post(ReserveFailed(now, effect.job_id, effect.attempt, failure))
+
+    async def _make_group(self, effect: Reserve, attempt: str) -> str | None:
+        """Make the group when its capacity is visible. Returns what went wrong, or None."""
+        timeout_s = self._config.reserve_timeout_s
+        if self._placements.group_id(attempt) is None:
+            need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
+            # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
+            if not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
+                return self._why_not(need)
+        group = await self._placements.create(attempt, effect.gang, effect.placed)
+        if attempt in self._claims:
+            self._claims[attempt] = (group.id.hex(), self._claims[attempt][1])
+        if not await self._placements.ready(attempt, timeout_s):
+            return f"its placement group was not ready within {timeout_s:g} s: the GPUs went to somebody else"
+        return None
+
+    def _claim(self, seen: Seen, attempt: str, need: dict[str, int]) -> bool:
+        """Claim `need` if Ray shows it free beyond what is claimed by groups that Ray doesn't show yet."""
+        self._drop_seen_claims(seen)
+        for node_id, units in need.items():
+            node = seen.nodes.get(node_id)
+            claimed = sum(by_node.get(node_id, 0) for _, by_node in self._claims.values())
+            if node is None or node.free_gpu_units - claimed < units:
+                return False
+        self._claims[attempt] = ("", need)
+        return True
+
+    def _drop_seen_claims(self, seen: Seen) -> None:
+        for attempt, (group_id, by_node) in list(self._claims.items()):
+            gone = all(node_id not in seen.nodes for node_id in by_node)
+            if gone or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
+                del self._claims[attempt]
+
+    def _why_not(self, need: dict[str, int]) -> str:
+        """What kept the planned capacity from showing up."""
+        for node_id, units in need.items():
+            node = self._watch.seen.nodes.get(node_id)
+            if node is None:
+                return f"node {node_id[:8]} is gone"
+            if node.free_gpu_units < units:
+                return (
+                    f"Ray shows {gpu_count(node.free_gpu_units):g} free GPUs on {node.name} "
+                    f"where {gpu_count(units):g} were planned: other work took them"
+                )
+        return "the planned GPUs are claimed by groups that Ray has not shown yet"
+
+    # --- run ---------------------------------------------------------------------------------------------
+
+    async def _run(self, effect: Run) -> None:
+        key = effect.job_id, effect.attempt
+        stop = self._stopping(key)
+        if effect.kind is Kind.LEASE:
+            self._post(RunStarted(self._clock(), *key))
+            await stop.asked.wait()
+            self._post(RunExited(self._clock(), *key, Outcome(Status.SUCCEEDED)))
+            return
+        run = _GangRun(self, effect, stop)
+        try:
+            event = await run.to_the_end()
+        except asyncio.CancelledError:
+            raise
+        except RuntimeEnvSetupError as error:
+            failure = Outcome(Status.FAILED, f"runtime_env could not be set up: {_last_words(error)}")
+            event = RunExited(self._clock(), *key, failure)
+        except RayError as error:
+            event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}")
+        except Exception as error:
+            log.exception("the run of %s.%d broke", *key)
+            event = RunLost(self._clock(), *key, f"the run could not be followed: {error!r}")
+        self._post(event)
+
+    # --- release -----------------------------------------------------------------------------------------
+
+    async def _release(self, effect: Release) -> None:
+        attempt = attempt_key(effect.job_id, effect.attempt)
+        node_ids = {each.node_id for each in effect.placed}
+        removing = True
+        while removing:
+            try:
+                await self._runners.kill(attempt, effect.gang.count)
+                group_id = await self._placements.remove(attempt)
+                if group_id is None:
+                    break
+                gone = _gone(group_id, node_ids, time.monotonic())
+                removing = not await self._watch.until(gone, REMOVE_AGAIN_S)
+            except RayError:
+                log.warning("release of %s failed; trying again", attempt, exc_info=True)
+                await asyncio.sleep(1)
+        self._claims.pop(attempt, None)
+        self._placements.forget(attempt)
+        self._post(PlacementReleased(self._clock(), effect.job_id, effect.attempt))
+
+
+class _Stopping:
+    """The wish to stop one attempt, and how long its processes may take."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.grace_s = 0.0
+
+    def ask(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.asked.set()
+
+
+class _GangRun:
+    """One Run effect: its runners from their start to the last process's end."""
+
+    def __init__(self, gangs: Gangs, effect: Run, stop: _Stopping) -> None:
+        self._gangs = gangs
+        self._effect = effect
+        self._stop = stop
+        self._attempt = attempt_key(effect.job_id, effect.attempt)
+        self._handles: list[Any] = []
+
+    async def to_the_end(self) -> RunExited | RunLost:
+        gangs, effect = self._gangs, self._effect
+        clock = gangs._clock
+        spec = await asyncio.to_thread(gangs._ledger.spec, effect.job_id)
+        group = gangs._placements.handle(self._attempt)
+        if group is None:
+            return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
+        self._handles = await gangs._runners.start(self._attempt, effect.gang, group, spec.runtime_env)
+        seats = await self._unless_stopped(asyncio.gather(*(each.seat.remote() for each in self._handles)))
+        if seats is None:
+            stopped = Outcome(Status.CANCELLED, "stopped while its runners started")
+            return RunExited(clock(), effect.job_id, effect.attempt, stopped)
+        if problem := _python_problem(spec, seats):
+            failure = Outcome(Status.FAILED, problem)
+            return RunExited(clock(), effect.job_id, effect.attempt, failure)
+        results = await self._follow(self._orders(spec, seats), seats)
+        outcome = _outcome(results, seats, self._orders(spec, seats))
+        return RunExited(clock(), effect.job_id, effect.attempt, outcome)
+
+    async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:
+        """The result of `work`, or None when a stop comes first. Raises TimeoutError past `start_timeout_s`."""
+        stopped = asyncio.ensure_future(self._stop.asked.wait())
+        try:
+            await asyncio.wait(
+                [work, stopped],
+                timeout=self._gangs._config.start_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if work.done():
+                return work.result()
+            if stopped.done():
+                return None
+            raise TimeoutError(f"runners did not start within {self._gangs._config.start_timeout_s:g} s")
+        finally:
+            stopped.cancel()
+            if not work.done():
+                work.cancel()
+
+    async def _follow(self, orders: list[RunOrder], seats: list[Seat]) -> list[RunResult]:
+        """Start every bundle, say when all run, and stop the whole gang when one fails or a stop is asked."""
+        runs = [
+            asyncio.ensure_future(handle.run.remote(order))
+            for handle, order in zip(self._handles, orders, strict=True)
+        ]
+        told = asyncio.create_task(self._tell_started(seats))
+        stopper = asyncio.create_task(self._stop_when_asked(runs))
+        try:
+            pending = set(runs)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                failed = any(each.exception() is not None or not each.result().ok for each in done)
+                if failed and pending:
+                    self._stop.ask(self._effect.grace_s)
+            return [each.result() for each in runs]
+        finally:
+            for task in (told, stopper):
+                task.cancel()
+            await asyncio.gather(told, stopper, return_exceptions=True)
+
+    async def _tell_started(self, seats: list[Seat]) -> None:
+        await asyncio.gather(*(handle.started.remote() for handle in self._handles))
+        hosts = tuple(seat.node_name for seat in seats)
+        gpus = tuple(seat.gpu_ids for seat in seats)
+        gangs, effect = self._gangs, self._effect
+        gangs._post(RunStarted(gangs._clock(), effect.job_id, effect.attempt, hosts, gpus))
+
+    async def _stop_when_asked(self, runs: list[asyncio.Future[RunResult]]) -> None:
+        await self._stop.asked.wait()
+        grace_s = self._stop.grace_s
+        calls = [handle.stop.remote(grace_s) for handle in self._handles]
+        await asyncio.gather(*calls, return_exceptions=True)
+        _, silent = await asyncio.wait(runs, timeout=grace_s + STOP_SLACK_S)
+        if silent:
+            log.warning("%s does not stop; its runners are killed", self._attempt)
+            await self._gangs._runners.kill(self._attempt, self._effect.gang.count)
+
+    def _orders(self, spec: JobSpec, seats: list[Seat]) -> list[RunOrder]:
+        effect, gangs = self._effect, self._gangs
+        local = spec.processes_per_bundle(effect.gang.bundle.gpu_units)
+        alone = len(seats) == 1
+        return [
+            RunOrder(
+                job_id=effect.job_id,
+                attempt=effect.attempt,
+                ledger_key=gangs._ledger.key,
+                bundle=bundle,
+                bundles=len(seats),
+                first_rank=bundle * local,
+                local_world=local,
+                world=local * len(seats),
+                master_address="127.0.0.1" if alone else seats[0].address,
+                master_port=seats[0].port,
+                kind=effect.kind,
+                command=spec.command,
+                payload_sha256=spec.payload_sha256,
+                working_dir_sha256=spec.working_dir_sha256,
+                cwd=spec.cwd,
+                env=spec.env,
+                python=spec.python,
+                cpus=effect.gang.bundle.cpu_milli / 1000,
+                checkpoint_dir=f"{gangs._config.checkpoint_root}/{gangs._ledger.key}/{effect.job_id}",
+                grace_s=effect.grace_s,
+            )
+            for bundle in range(len(seats))
+        ]
+
+
+def _by_node(units: int, placed: tuple[PlacedBundle, ...]) -> dict[str, int]:
+    need: dict[str, int] = {}
+    for each in placed:
+        need[each.node_id] = need.get(each.node_id, 0) + units
+    return need
+
+
+def _gone(group_id: str, node_ids: set[str], since: float) -> Callable[[Seen], bool]:
+    """Whether a reading begun after `since` shows the group on none of its nodes."""
+    return lambda seen: seen.at > since and not any(seen.holds(group_id, node_id) for node_id in node_ids)
+
+
+def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]) -> Outcome:
+    """The gang's end: success, or the rank that failed first."""
+    failed = [(each, seat) for each, seat in zip(results, seats, strict=True) if not each.ok]
+    if not failed:
+        return Outcome(Status.SUCCEEDED)
+    # A rank that was told to stop is a consequence; the cause is the earliest that was not.
+    first, seat = min(failed, key=lambda each: (each[0].stopped and each[0].failed_at > 0, each[0].failed_at))
+    message = first.message
+    if orders[0].world > 1 and "rank" not in message:
+        message = f"rank {first.rank}: {message}"
+    return Outcome(
+        Status.FAILED,
+        message,
+        rank=first.rank,
+        node_id=seat.node_id,
+        exit_code=first.exit_code,
+        signal=first.signal,
+        tail=first.tail,
+    )
+
+
+def _python_problem(spec: JobSpec, seats: list[Seat]) -> str | None:
+    """Functions by value need the same Python on both sides: its byte code travels."""
+    if spec.kind is not Kind.FUNCTION or not spec.python:
+        return None
+    for seat in seats:
+        if seat.python != spec.python:
+            return (
+                f"the function was pickled by Python {spec.python}, node {seat.node_name} has {seat.python}; "
+                "submit from the same version, or submit a command"
+            )
+    return None
+
+
+def _last_words(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " | ".join(lines[:1] + lines[-3:] if len(lines) > 4 else lines) or type(error).__name__

@@ -1,0 +1,484 @@
+"""The keeper: starts the ranks of one attempt on one node, signals them, and leaves nothing of them behind.
+
+Run by path as `python -I -S keeper.py ATTEMPT` by `rm.runtime.processes.Launched`. Standard library only,
+one file and few imports, because its start-up is part of every job's start-up. Each attempt has two
+processes of it:
+
+    runner ── guard ── keeper ── rank 0, rank 1, … ── whatever user code forks
+
+The *keeper* does the work. The *guard* only waits for it: if the keeper is killed, the guard inherits every
+descendant and kills it. The keeper is not the runner's direct child, because Ray kills an actor's direct
+children, and only those, when it ends the actor: that ends the guard, while the keeper sees its runner go
+and cleans up. Both are child subreapers: a daemonised grandchild is re-parented to them and stays findable.
+So whichever one of runner, guard and keeper is killed, nothing of the attempt outlives it by more than a
+moment. If guard and keeper are killed at once, the ranks die by PR_SET_PDEATHSIG and `processes.sweep`
+finds the rest.
+
+Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemonised grandchild then escapes
+to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
+
+JSON lines in: first {"attempt", "grace_s", "procs": [{"rank", "argv", "env", "cwd", "stdout", "stderr"}]},
+then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
+JSON lines out: ready, started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
+was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
+words them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import time
+
+TYPE_CHECKING = False  # importing typing would cost milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any, NoReturn
+
+REAP_LIMIT_S = 10.0  # how long a SIGKILLed process may take to die before it is reported as stuck
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _load_prctl() -> Callable[..., int] | None:
+    """libc's prctl, or None where there is none. Loaded before any fork: a forked child only calls it."""
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    return prctl
+
+
+_prctl = _load_prctl()
+
+
+def set_process_option(option: int, value: int) -> bool:
+    """prctl(option, value). False where the system refuses it: the caller does without."""
+    return _prctl is not None and _prctl(option, value, 0, 0, 0) == 0
+
+
+class Process:
+    """One process as /proc shows it. `pid` and `started` (clock ticks since boot) name it for good."""
+
+    __slots__ = ("group", "parent", "pid", "started", "state")
+
+    def __init__(self, pid: int, stat: bytes) -> None:
+        fields = stat[stat.rindex(b")") + 2 :].split()  # the name before it may hold blanks and brackets
+        self.pid, self.state = pid, fields[0].decode()
+        self.parent, self.group, self.started = int(fields[1]), int(fields[2]), int(fields[19])
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs. A zombie holds no memory and no GPU: it only waits to be reaped."""
+        return self.state not in "ZX"
+
+
+def read_process(pid: int) -> Process | None:
+    """The process that has this pid now, or None."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib is a slow import
+            return Process(pid, file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def all_pids() -> list[int]:
+    """Every process id of this pid namespace."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - as above
+
+
+def descendants(root: int) -> list[Process]:
+    """Children, grandchildren and so on of `root`, zombies included. A snapshot: callers repeat it."""
+    children: dict[int, list[Process]] = {}
+    for pid in all_pids():
+        process = read_process(pid)
+        if process is not None:
+            children.setdefault(process.parent, []).append(process)
+    found: list[Process] = []
+    ahead = [root]
+    while ahead:
+        below = children.pop(ahead.pop(), [])
+        found += below
+        ahead += [process.pid for process in below]
+    return found
+
+
+def signal_exactly(pid: int, number: int, is_still_meant: Callable[[], bool]) -> bool:
+    """Signal `pid` if `is_still_meant()` holds while a pidfd holds the process: safe against reused pids.
+
+    Without pidfds (old kernel, gVisor) the check comes right before the signal. False: gone, or not meant.
+    """
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    except (OSError, AttributeError):
+        handle = -1
+    try:
+        if not is_still_meant():
+            return False
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, number)
+        else:
+            os.kill(pid, number)
+        return True
+    except OSError:
+        return False
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def signal_process(found: Process, number: int) -> bool:
+    """Signal the process that was found, and no other that got its pid since."""
+
+    def is_same() -> bool:
+        now = read_process(found.pid)
+        return now is not None and now.started == found.started and now.alive
+
+    return signal_exactly(found.pid, number, is_same)
+
+
+def kill_descendants(reap: Callable[[], bool], leaders: Iterable[int] = ()) -> tuple[int, list[int]]:
+    """SIGKILL and reap until this process has no child left. The last act of keeper and guard.
+
+    `reap()` reaps what has ended and says whether children remain; to a subreaper, no child means no
+    descendant. Takes REAP_LIMIT_S at most. Returns how many processes besides `leaders` were killed, and the
+    pids that did not die in time.
+    """
+    ranks, killed = set(leaders), set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # from here on it is waited for, not handled
+    give_up, pause_s = time.monotonic() + REAP_LIMIT_S, 0.01
+    while True:
+        living = [process for process in descendants(os.getpid()) if process.alive]
+        for process in living:
+            if signal_process(process, signal.SIGKILL) and process.pid not in ranks:
+                killed.add((process.pid, process.started))
+        if not reap():
+            return len(killed), []
+        if time.monotonic() >= give_up:
+            return len(killed), [process.pid for process in living]
+        signal.sigtimedwait({signal.SIGCHLD}, pause_s)
+        pause_s = min(2 * pause_s, 0.5)
+
+
+class Rank:
+    """One rank of the order: what to run, and how far it has come. `Keeper` alone uses it."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.number: int = order["rank"]
+        self.order = order
+        self.pid = 0
+        self.running = False  # forked and not yet reaped: so long its pid and group id are surely its own
+        self.exec_pipe = -1  # end of file on it means that exec succeeded; -1 once that is known
+        self.error: dict[str, Any] | None = None  # the step and errno that kept user code from starting
+        self.keeps_grace = False  # SIGTERM ended the leader, a shell say, but maybe not its children
+
+    def fork(self) -> None:
+        """Start the rank; how exec went arrives on `exec_pipe`. OSError: no process could be made."""
+        exec_pipe, report = os.pipe()
+        keeper = os.getpid()
+        # Blocked, so that a signal to the child before exec meets default handlers and not a copy of ours.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._become(keeper, report)
+        except OSError:
+            os.close(exec_pipe)
+            raise
+        finally:
+            os.close(report)  # at once: held by a later child, it would delay the end of file
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.exec_pipe, self.running = exec_pipe, True
+
+    def _become(self, keeper: int, report: int) -> NoReturn:
+        """In the child: turn into user code, or report the step at which that failed. Never returns."""
+        step, order = "fork", self.order
+        try:
+            os.setsid()
+            set_process_option(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != keeper:
+                os._exit(1)  # the keeper died before PDEATHSIG was set: nobody would ever stop this rank
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            step = "output"
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            out = os.open(order["stdout"], flags, 0o644)
+            err = out if order["stderr"] == order["stdout"] else os.open(order["stderr"], flags, 0o644)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            step = "cwd"
+            os.chdir(order["cwd"])
+            step = "exec"
+            os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606 - this is what was asked for
+        except BaseException as error:
+            os.write(report, f"{step} {getattr(error, 'errno', None) or errno.EINVAL}".encode())
+        finally:
+            os._exit(127)
+
+    def signal_group(self, number: int) -> None:
+        """Signal the rank's whole process group, also if its leader has ended."""
+        if not self.running:
+            for process in descendants(os.getpid()):
+                if process.group == self.pid and process.alive:
+                    signal_process(process, number)
+            return
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            os.kill(self.pid, number)  # forked a moment ago: it has not made its group yet
+        except PermissionError:
+            pass  # the whole group has changed its user; kill_descendants will meet the same limit
+
+
+class Keeper:
+    """The event loop: one thread, woken by the runner's lines, by signals and by reports of exec.
+
+    `run` serves until all ranks have ended, the grace is over, a kill was ordered or the runner died,
+    whichever comes first. When it returns, nothing of the attempt is alive, except for what it reported as
+    stuck in the kernel.
+    """
+
+    def __init__(self, runner: int) -> None:
+        self.ranks: list[Rank] | None = None  # None until the order has come
+        self.by_pid: dict[int, Rank] = {}
+        self.starting: dict[int, Rank] = {}  # by exec_pipe
+        self.grace_s = 0.0
+        self.kill_at: float | None = None  # set: stopping; SIGKILL for all at this monotonic time
+        self.first_failed: int | None = None
+        self.inbox = b""
+        self.wake, wake_end = os.pipe()
+        os.set_blocking(wake_end, False)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, *END_SIGNALS):
+            signal.signal(number, lambda *_: None)  # what it carries comes through the wake-up pipe
+        self.poll = select.poll()
+        self.poll.register(self.wake, select.POLLIN)
+        self.poll.register(0, select.POLLIN)
+        self.lifelines = {1, runner} - {-1}  # these say nothing but that the runner is gone
+        for fd in self.lifelines:
+            self.poll.register(fd, select.POLLIN if fd == runner else 0)
+
+    def run(self) -> None:
+        """Serve until only killing is left to do, then do that and say `done`."""
+        subreaper = set_process_option(PR_SET_CHILD_SUBREAPER, 1)
+        self.emit({"event": "ready", "keeper": os.getpid(), "guard": os.getppid(), "subreaper": subreaper})
+        while not self.is_over():
+            left_s = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
+            for fd, _ in self.poll.poll(None if left_s is None else int(left_s * 1000) + 1):
+                if fd == self.wake:
+                    self.on_signals()
+                elif fd == 0:
+                    self.on_input()
+                elif fd in self.starting:
+                    self.on_exec(self.starting[fd])
+                elif fd in self.lifelines:  # anything else is an exec_pipe that was dealt with in this round
+                    self.kill()
+        self.kill_at = self.kill_at or 0.0  # whatever ends from now on did not fail by itself
+        ranks = self.ranks or []
+        killed, stuck = kill_descendants(self.reap, [rank.pid for rank in ranks])
+        for rank in ranks:
+            if rank.running:
+                rank.error = {"step": "kill", "errno": 0}
+                self.emit_exit(rank, None, None)
+        self.emit(
+            {"event": "done", "first_failed": self.first_failed, "leftovers_killed": killed, "stuck": stuck}
+        )
+
+    def is_over(self) -> bool:
+        """Whether only killing is left to do."""
+        if self.kill_at is not None and (self.ranks is None or time.monotonic() >= self.kill_at):
+            return True
+        if self.ranks is None or any(rank.running for rank in self.ranks):
+            return False
+        groups = {rank.pid for rank in self.ranks if rank.keeps_grace}
+        if not groups:
+            return True
+        return not any(found.group in groups and found.alive for found in descendants(os.getpid()))
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """One line to the runner. All lines together fit the pipe's 64 KiB: a busy runner never blocks us."""
+        try:
+            os.write(1, json.dumps(event).encode() + b"\n")
+        except OSError:
+            self.kill()
+
+    def on_input(self) -> None:
+        """Lines from the runner; end of file means that it is dead."""
+        try:
+            got = os.read(0, 1 << 16)
+        except OSError:
+            got = b""
+        if not got:
+            self.kill()
+        *lines, self.inbox = (self.inbox + got).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "procs" in message:
+                self.start(message)
+            elif message["do"] == "stop":
+                self.stop(float(message["grace_s"]))
+            else:
+                self.kill()
+
+    def on_signals(self) -> None:
+        """SIGCHLD: reap. A signal that asks the keeper to end: stop the ranks with the order's grace."""
+        if set(os.read(self.wake, 1 << 12)) - {signal.SIGCHLD}:
+            self.stop(self.grace_s)
+        self.reap()
+
+    def on_exec(self, rank: Rank) -> None:
+        """Exec has succeeded, which is end of file, or failed at some step; then the exit follows."""
+        report = os.read(rank.exec_pipe, 100)
+        self.poll.unregister(rank.exec_pipe)
+        del self.starting[rank.exec_pipe]
+        os.close(rank.exec_pipe)
+        rank.exec_pipe = -1
+        if report:
+            step, number = report.decode().split()
+            rank.error = {"step": step, "errno": int(number)}
+        else:
+            self.emit({"event": "started", "rank": rank.number, "pid": rank.pid})
+
+    def start(self, message: dict[str, Any]) -> None:
+        """Fork every rank; their execs go on in parallel. One that cannot be forked fails like any other."""
+        self.grace_s = float(message["grace_s"])
+        self.ranks = [Rank(order) for order in message["procs"]]
+        unborn: list[Rank] = []
+        for rank in self.ranks:
+            try:
+                rank.fork()
+            except OSError as error:
+                rank.error = {"step": "fork", "errno": error.errno}
+                unborn.append(rank)
+                continue
+            self.by_pid[rank.pid] = self.starting[rank.exec_pipe] = rank
+            self.poll.register(rank.exec_pipe, select.POLLIN)
+        for rank in unborn:
+            self.ended(rank, 0)
+
+    def stop(self, grace_s: float) -> None:
+        """SIGTERM to every group, once; SIGKILL after the grace. Asked again, only a shorter grace counts."""
+        kill_at = time.monotonic() + grace_s
+        if self.kill_at is not None:
+            self.kill_at = min(self.kill_at, kill_at)
+            return
+        self.kill_at = kill_at
+        for rank in self.ranks or []:
+            if rank.pid:
+                rank.signal_group(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the event loop at its next turn; `run` then kills all."""
+        self.kill_at = 0.0
+
+    def reap(self) -> bool:
+        """Reap all that have ended: ranks, and orphans handed to us. False when no child is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            rank = self.by_pid.pop(pid, None)
+            if rank is not None:
+                self.ended(rank, status)
+
+    def ended(self, rank: Rank, status: int) -> None:
+        """Report a rank's end. The first that fails while nobody is stopping it takes its gang along."""
+        rank.running = False
+        if rank.exec_pipe in self.starting:
+            self.on_exec(rank)
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        rank.keeps_grace = self.kill_at is not None and number == signal.SIGTERM
+        if rank.error:
+            code = number = None
+        self.emit_exit(rank, code, number)
+        if code != 0 and self.kill_at is None:
+            self.first_failed = rank.number
+            self.stop(self.grace_s)
+
+    def emit_exit(self, rank: Rank, code: int | None, number: int | None) -> None:
+        self.emit(
+            {
+                "event": "exited",
+                "rank": rank.number,
+                "code": code,
+                "signal": number,
+                "at": time.time(),
+                "error": rank.error,
+            }
+        )
+
+
+def guard(keeper: int) -> None:
+    """Wait for the keeper. If it did not end well, kill what it left, then tell the runner with `lost`."""
+    os.close(0)
+    for number in END_SIGNALS:
+        signal.signal(number, lambda *_: os.kill(keeper, signal.SIGTERM))
+    set_process_option(PR_SET_CHILD_SUBREAPER, 1)
+    pid, status = os.wait()
+    while pid != keeper:
+        pid, status = os.wait()
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if status == 0:
+        return
+
+    def reap() -> bool:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return False
+        return True
+
+    killed, stuck = kill_descendants(reap)
+    event = {
+        "event": "lost",
+        "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+        "leftovers_killed": killed,
+        "stuck": stuck,
+    }
+    try:
+        os.write(1, json.dumps(event).encode() + b"\n")
+    except OSError:
+        pass  # the runner is gone as well
+
+
+def main() -> None:
+    """Become guard and keeper."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it was inherited closed: no later file may land on 0, 1 or 2
+    os.close(spare)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, children would vanish unreaped
+    os.setsid()  # out of the runner's session: what is sent to its terminal or its group is not for us
+    try:
+        runner = os.pidfd_open(os.getppid())  # tells of its death even if a fork of it holds our input open
+    except (OSError, AttributeError):
+        runner = -1
+    keeper = os.fork()
+    if keeper:
+        guard(keeper)
+    else:
+        os.setsid()
+        Keeper(runner).run()
+    os._exit(0)  # nothing is buffered; tearing the interpreter down would only delay the next job
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Placement groups: made, found again, removed. The port between a plan's places and Ray's.
+
+A group is named `rm/<ledger key>/<attempt>`, detached, and every bundle is pinned to its node, so that what Ray
+does is what the plan says. Groups of another ledger on the same cluster are not ours and are never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from rm.core.model import Gang, PlacedBundle
+from rm.core.resources import GPU_UNIT, Bundle
+
+log = logging.getLogger("rm.placements")
+
+READY_SLICE_S = 0.5
+"""How long one wait for a group blocks a thread."""
+
+
+class Placements:
+    """The groups of one ledger, by attempt key."""
+
+    def __init__(self, ledger_key: str) -> None:
+        self._prefix = f"rm/{ledger_key}/"
+        self._groups: dict[str, PlacementGroup] = {}
+        self._ids: dict[str, str] = {}
+
+    def ours(self, group_id: str) -> bool:
+        return group_id in self._ids
+
+    def group_id(self, attempt: str) -> str | None:
+        """Ray's hex id of the attempt's group, if it has one."""
+        group = self._groups.get(attempt)
+        return group.id.hex() if group else None
+
+    def handle(self, attempt: str) -> PlacementGroup | None:
+        """The attempt's group as Ray's API wants it."""
+        return self._groups.get(attempt)
+
+    def attempts(self) -> set[str]:
+        return set(self._groups)
+
+    async def find(self) -> None:
+        """Learn the groups that exist already: after a restart, before anything is observed or made."""
+        table = await asyncio.to_thread(placement_group_table)
+        for entry in table.values():
+            name = str(entry["name"])
+            if name.startswith(self._prefix) and entry["state"] != "REMOVED":
+                self._remember(name.removeprefix(self._prefix), _handle(entry))
+
+    async def create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
+        """Ask Ray for the group. Returns the one that exists already, if any."""
+        if attempt not in self._groups:
+            self._remember(attempt, await asyncio.to_thread(self._create, attempt, gang, placed))
+        return self._groups[attempt]
+
+    def _create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
+        return placement_group(
+            [bundle_resources(gang.bundle)] * gang.count,
+            # Every bundle names its node, so this is the one strategy that never contradicts the plan.
+            strategy="PACK",
+            name=self._prefix + attempt,
+            lifetime="detached",
+            bundle_label_selector=[{"ray.io/node-id": each.node_id} for each in placed],
+        )
+
+    async def ready(self, attempt: str, timeout_s: float) -> bool:
+        """Whether the group is committed within `timeout_s`."""
+        group = self._groups[attempt]
+        waited = 0.0
+        while waited < timeout_s:
+            piece = min(READY_SLICE_S, timeout_s - waited)
+            if await asyncio.to_thread(group.wait, piece):
+                return True
+            waited += piece
+        return False
+
+    async def remove(self, attempt: str) -> str | None:
+        """Ask Ray to remove the group. Returns its id, to be observed; None where there is none.
+
+        Asking is not having: the caller watches the nodes and asks again (`forget` ends it).
+        """
+        group = self._groups.get(attempt)
+        if group is None:
+            return None
+        try:
+            await asyncio.to_thread(remove_placement_group, group)
+        except Exception:
+            log.warning("removing the group of %s failed; it will be tried again", attempt, exc_info=True)
+        return str(group.id.hex())
+
+    def forget(self, attempt: str) -> None:
+        """The group was seen gone."""
+        group = self._groups.pop(attempt, None)
+        if group is not None:
+            self._ids.pop(group.id.hex(), None)
+
+    def _remember(self, attempt: str, group: PlacementGroup) -> None:
+        self._groups[attempt] = group
+        self._ids[group.id.hex()] = attempt
+
+
+def bundle_resources(bundle: Bundle) -> dict[str, float]:
+    """The bundle in Ray's words. Amounts of 0 are left out: Ray refuses them."""
+    resources: dict[str, float] = {"GPU": bundle.gpu_units / GPU_UNIT}
+    if bundle.cpu_milli:
+        resources["CPU"] = bundle.cpu_milli / 1000
+    if bundle.memory_bytes:
+        resources["memory"] = bundle.memory_bytes
+    return resources
+
+
+def _handle(entry: dict[str, Any]) -> PlacementGroup:
+    return PlacementGroup(PlacementGroupID(bytes.fromhex(entry["placement_group_id"])))

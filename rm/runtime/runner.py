@@ -1,0 +1,199 @@
+"""The supervisor actor: one per bundle, it owns the processes of one attempt there.
+
+It runs on the bundle's node inside the attempt's placement group, and user code never runs inside it: the child
+can crash, leak or exhaust its memory without taking the runner along, and if the runner is killed its keeper
+takes the children along. The allocator makes one long call, `run`; asking again (after a restart of the
+allocator) joins the run under way or repeats its result, so an attempt can't run twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import socket
+import sys
+import time
+from typing import Any
+
+import ray
+
+from rm.core.model import Kind
+from rm.errors import RmError
+from rm.runtime.orders import RunOrder, RunResult, Seat
+from rm.runtime.processes import Launched, LaunchOutcome, RankExit
+from rm.runtime.shipping import LogShipper
+from rm.runtime.tail import last_lines
+from rm.runtime.workspace import Workspace
+
+log = logging.getLogger("rm.runner")
+
+REPORT_S = 0.5
+"""How often progress is read and passed on."""
+TAIL_LINES = 20
+STORE_TIMEOUT_S = 120.0
+
+
+class Runner:
+    """The actor's class. Asyncio: `run` lasts as long as the job, the other methods answer meanwhile."""
+
+    def __init__(self) -> None:
+        self._run: asyncio.Task[RunResult] | None = None
+        self._started: asyncio.Event = asyncio.Event()
+        self._launched: Launched | None = None
+        self._workspace: Workspace | None = None
+        self._stop_asked = False
+        self._progress: dict[int, dict[str, Any]] = {}
+
+    async def seat(self) -> Seat:
+        """Where this runner is, and a port that is free there now."""
+        context = ray.get_runtime_context()
+        return Seat(
+            node_id=context.get_node_id(),
+            node_name=socket.gethostname(),
+            address=ray.util.get_node_ip_address(),
+            port=_free_port(),
+            gpu_ids=tuple(context.get_accelerator_ids().get("GPU", [])),
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        )
+
+    async def run(self, order: RunOrder) -> RunResult:
+        """Run the bundle's ranks to their end. Idempotent: a second call waits for the same run."""
+        if self._run is None:
+            self._run = asyncio.create_task(self._supervise(order))
+        return await asyncio.shield(self._run)
+
+    async def started(self) -> list[int]:
+        """The pids of the ranks, once they run (or the run has ended)."""
+        await self._started.wait()
+        return list(self._launched.pids.values()) if self._launched else []
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM to every rank's process group, SIGKILL after `grace_s`. `run` then returns."""
+        self._stop_asked = True
+        if self._workspace is not None:
+            self._workspace.ask_to_stop()
+        if self._launched is not None:
+            await self._launched.stop(grace_s)
+
+    async def _supervise(self, order: RunOrder) -> RunResult:
+        workspace = self._workspace = Workspace(order)
+        try:
+            return await self._run_in(workspace, order)
+        except RmError as error:
+            return RunResult(ok=False, rank=order.first_rank, message=error.message, failed_at=time.time())
+        except OSError as error:
+            where = f"{workspace.path} on {socket.gethostname()}"
+            return RunResult(ok=False, rank=order.first_rank, message=f"can't prepare {where}: {error}")
+        finally:
+            self._started.set()
+            workspace.remove()
+
+    async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
+        store = ray.get_actor("store", namespace="rm")
+        payload = working_dir = None
+        if order.kind is Kind.FUNCTION:
+            payload = await store.get_blob.remote(order.payload_sha256)
+        if order.working_dir_sha256:
+            working_dir = await store.get_blob.remote(order.working_dir_sha256)
+        await asyncio.to_thread(workspace.create, payload, working_dir)
+        processes = workspace.processes()
+        if self._stop_asked:
+            return RunResult(ok=False, stopped=True, message="stopped before it started")
+        shipper = LogShipper(store, order, processes)
+        self._launched = await Launched.start(f"{order.job_id}.{order.attempt}", processes, order.grace_s)
+        self._started.set()
+        if self._stop_asked:
+            await self._launched.stop(order.grace_s)
+        background = [asyncio.create_task(shipper.run()), asyncio.create_task(self._pass_on_reports(order))]
+        try:
+            outcome = await self._launched.wait()
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+        self._read_reports(order)
+        await shipper.finish()
+        if order.kind is Kind.FUNCTION and order.first_rank == 0 and workspace.result.exists():
+            data = await asyncio.to_thread(workspace.result.read_bytes)
+            await store.put_result.remote(order.job_id, order.attempt, data)
+        return self._result(workspace, order, outcome)
+
+    def _result(self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome) -> RunResult:
+        progress = self._progress.get(order.first_rank) if order.first_rank == 0 else None
+        failed = next((each for each in outcome.exits if each.rank == outcome.first_failed), None)
+        if failed is None:
+            failed = next((each for each in outcome.exits if each.failed), None)
+        if failed is None:
+            return RunResult(ok=True, progress=progress, stopped=self._stop_asked)
+        return RunResult(
+            ok=False,
+            rank=failed.rank,
+            exit_code=failed.code,
+            signal=failed.signal,
+            message=_describe(failed),
+            tail=tuple(_tail(workspace, failed.rank)),
+            stopped=self._stop_asked,
+            progress=progress,
+            failed_at=failed.at,
+        )
+
+    async def _pass_on_reports(self, order: RunOrder) -> None:
+        allocator: Any = None
+        while True:
+            await asyncio.sleep(REPORT_S)
+            if not self._read_reports(order) or order.first_rank != 0:
+                continue
+            try:
+                allocator = allocator or ray.get_actor("allocator", namespace="rm")
+                # Not awaited: progress is a courtesy, and an allocator that restarts must not hold up the runner.
+                allocator.progress.remote(order.job_id, order.attempt, self._progress[0])
+            except ValueError:
+                allocator = None
+
+    def _read_reports(self, order: RunOrder) -> bool:
+        """Take in what ranks reported. True where rank 0 said something new."""
+        assert self._workspace is not None
+        news = False
+        for rank in range(order.first_rank, order.first_rank + order.local_world):
+            try:
+                report = json.loads(self._workspace.report_path(rank).read_text())
+            except (OSError, ValueError):
+                continue
+            news |= rank == 0 and report != self._progress.get(rank)
+            self._progress[rank] = report
+        return news
+
+
+def _describe(exit_: RankExit) -> str:
+    """One sentence: which rank, how it ended, and where."""
+    where = f"rank {exit_.rank} on {socket.gethostname()}"
+    if exit_.error:
+        return f"{where}: {exit_.error}"
+    if exit_.signal is not None:
+        hint = " (out of memory?)" if exit_.signal_name == "SIGKILL" else ""
+        return f"{where} was killed by {exit_.signal_name}{hint}"
+    return f"{where} exited with code {exit_.code}"
+
+
+def _tail(workspace: Workspace, rank: int) -> list[str]:
+    """The last lines on stderr, or on stdout where stderr is silent."""
+    for stream in ("err", "out"):
+        path = workspace.log_path(rank, stream)
+        if path.exists() and (lines := last_lines(str(path), TAIL_LINES)):
+            return lines
+    return []
+
+
+def _free_port() -> int:
+    """A TCP port that is free now, below the ephemeral range so that no outgoing connection takes it first."""
+    for _ in range(100):
+        port = random.randint(20_000, 32_000)  # noqa: S311
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port from 20000 to 32000")

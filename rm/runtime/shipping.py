@@ -1,0 +1,90 @@
+"""Logs on their way from a node to the store on the head.
+
+User code writes to plain files on its node, so it never waits for the network; this follows the files and sends
+what is new in bounded batches, one at a time per file, each acknowledged before the next. The store writes by
+offset: a batch sent again after a lost answer changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import RayError
+
+from rm.runtime.orders import RunOrder
+from rm.runtime.processes import RankProcess
+from rm.runtime.tail import Tail
+
+log = logging.getLogger("rm.logs")
+
+BATCH_BYTES = 1 << 20
+LOOK_S = 0.1
+"""How often quiet files are looked at."""
+GIVE_UP_S = 60.0
+"""How long an unreachable store may hold up the end of a run; then the rest of the log is lost, and said to be."""
+
+
+class LogShipper:
+    """Every rank's stdout and stderr of one bundle."""
+
+    def __init__(self, store: Any, order: RunOrder, processes: Sequence[RankProcess]) -> None:
+        self._store = store
+        self._order = order
+        self._tails = [
+            (each.rank, stream, Tail(path))
+            for each in processes
+            for stream, path in (("out", each.stdout), ("err", each.stderr))
+        ]
+        self._sent: dict[tuple[int, str], int] = {}
+        self._unsent: dict[tuple[int, str], bytes] = {}
+
+    async def run(self) -> None:
+        """Follow the files until cancelled."""
+        while True:
+            try:
+                moved = await self._pass()
+            except RayError:
+                log.warning("the log store can't be reached; trying again")
+                moved = False
+                await asyncio.sleep(1)
+            if not moved:
+                await asyncio.sleep(LOOK_S)
+
+    async def finish(self) -> None:
+        """Send what is left and close the logs. Called once, after `run` was cancelled and all ranks are gone."""
+        deadline = time.monotonic() + GIVE_UP_S
+        while True:
+            try:
+                while await self._pass():
+                    pass
+                for rank, stream, _ in self._tails:
+                    await self._store.close_log.remote(self._order.job_id, self._order.attempt, rank, stream)
+                return
+            except RayError:
+                if time.monotonic() > deadline:
+                    log.exception("the log store can't be reached; the end of the log is lost")
+                    return
+                await asyncio.sleep(1)
+
+    async def _pass(self) -> bool:
+        """One batch of every file that has news. True where there was any."""
+        moved = await asyncio.gather(*(self._ship(*each) for each in self._tails))
+        return any(moved)
+
+    async def _ship(self, rank: int, stream: str, tail: Tail) -> bool:
+        key = rank, stream
+        data = self._unsent.pop(key, b"") or tail.read(BATCH_BYTES)
+        if not data:
+            return False
+        offset = self._sent.get(key, 0)
+        # Kept until acknowledged: a cancelled or failed call must not lose the batch.
+        self._unsent[key] = data
+        order = self._order
+        await self._store.append_log.remote(order.job_id, order.attempt, rank, stream, offset, data)
+        del self._unsent[key]
+        self._sent[key] = offset + len(data)
+        return True

@@ -1,0 +1,178 @@
+"""What a bundle's processes find around them: a scratch directory, their code, their environment.
+
+No Ray here: the runner fetches the blobs and hands them in. The scratch directory is removed when the run ends;
+if the runner is killed before that, the next runner on the node removes it (`clear_stale`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from rm.core.model import Kind
+from rm.errors import ClusterError
+from rm.runtime.orders import RunOrder
+from rm.runtime.processes import ATTEMPT_KEY, RankProcess
+
+OWNER_FILE = "runner.pid"
+_RAY_WORKER_VARIABLES = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_CLIENT_MODE", "RAY_LD_PRELOAD_ON_WORKERS",
+                         "RAY_JOB_CONFIG_JSON_ENV_VAR")  # fmt: skip
+"""Set by Ray for its own worker. A training script that starts Ray itself must not inherit them."""
+
+
+def scratch_root() -> Path:
+    return Path(tempfile.gettempdir()) / f"ray-rm-{os.getuid()}"
+
+
+class Workspace:
+    """The files of one bundle of one attempt on one node."""
+
+    def __init__(self, order: RunOrder, root: Path | None = None) -> None:
+        self.order = order
+        self.path = (root or scratch_root()) / order.key
+        self.stop_file = self.path / "stop"
+        self.payload = self.path / "payload.pkl"
+        self.result = self.path / "result.pkl"
+        self._code = self.path / "work"
+
+    def create(self, payload: bytes | None, working_dir: bytes | None) -> None:
+        """Lay the files out. Raises ClusterError where this node can't give what was asked."""
+        clear_stale(self.path.parent)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._code.mkdir(parents=True, mode=0o700)
+        (self.path / OWNER_FILE).write_text(str(os.getpid()))
+        if payload is not None:
+            self.payload.write_bytes(payload)
+        if working_dir is not None:
+            unpack(working_dir, self._code)
+        Path(self.order.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def ask_to_stop(self) -> None:
+        """Make `rm.should_stop()` true for every rank."""
+        if self.path.is_dir():
+            self.stop_file.touch()
+
+    def directory(self) -> str:
+        """Where the processes start: the shipped working directory, else the submitter's own, else scratch."""
+        order = self.order
+        if order.working_dir_sha256 or not order.cwd:
+            return str(self._code)
+        if Path(order.cwd).is_dir():
+            return order.cwd
+        if order.kind is Kind.FUNCTION:
+            return str(self._code)  # a function by value needs no files
+        raise ClusterError(
+            f"the directory {order.cwd} of the submitter does not exist on this node: "
+            'ship it with working_dir="." (rmctl: --working-dir .), or keep it on a shared file system',
+            field="working_dir",
+        )
+
+    def log_path(self, rank: int, stream: str) -> Path:
+        return self.path / f"rank-{rank}.{stream}"
+
+    def report_path(self, rank: int) -> Path:
+        return self.path / f"report-{rank}.json"
+
+    def processes(self) -> list[RankProcess]:
+        order, cwd = self.order, self.directory()
+        return [
+            RankProcess(
+                rank=order.first_rank + local,
+                argv=self._argv(),
+                env=self._environment(local, cwd),
+                cwd=cwd,
+                stdout=str(self.log_path(order.first_rank + local, "out")),
+                stderr=str(self.log_path(order.first_rank + local, "err")),
+            )
+            for local in range(order.local_world)
+        ]
+
+    def _argv(self) -> tuple[str, ...]:
+        if self.order.kind is Kind.FUNCTION:
+            return (sys.executable, "-m", "rm.runtime.entry", str(self.payload), str(self.result))
+        return self.order.command
+
+    def _environment(self, local: int, cwd: str) -> dict[str, str]:
+        """A fresh environment: the node's own, what torchrun would set, what `rm.context` reads, the user's."""
+        order = self.order
+        rank = order.first_rank + local
+        env = {key: value for key, value in os.environ.items() if key not in _RAY_WORKER_VARIABLES}
+        env.pop("OMP_NUM_THREADS", None)  # Ray's guess from num_cpus, not the user's
+        if threads := _threads(order):
+            env["OMP_NUM_THREADS"] = str(threads)
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [_own_code(cwd), env.get("PYTHONPATH", "")]))
+        env["PYTHONUNBUFFERED"] = "1"  # a log that lags behind by a buffer helps nobody
+        env |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(order.world),
+            "LOCAL_WORLD_SIZE": str(order.local_world),
+            "GROUP_RANK": str(order.bundle),
+            "GROUP_WORLD_SIZE": str(order.bundles),
+            "MASTER_ADDR": order.master_address,
+            "MASTER_PORT": str(order.master_port),
+        }
+        env |= order.env
+        env |= {
+            ATTEMPT_KEY: order.key,
+            "RM_JOB_ID": order.job_id,
+            "RM_ATTEMPT": f"{order.job_id}.{order.attempt}",
+            "RM_CHECKPOINT_DIR": order.checkpoint_dir,
+            "RM_STOP_FILE": str(self.stop_file),
+            "RM_REPORT_FILE": str(self.report_path(rank)),
+        }
+        if not env["PYTHONPATH"]:
+            del env["PYTHONPATH"]
+        return env
+
+
+def unpack(archive: bytes, into: Path) -> None:
+    """Unpack a zipped directory, keeping modes. A member that would leave `into` is an error."""
+    root = into.resolve()
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        for member in files.infolist():
+            target = (root / member.filename).resolve()
+            if not target.is_relative_to(root):
+                raise ClusterError(
+                    f"the working directory's archive holds a path outside it: {member.filename}"
+                )
+            files.extract(member, root)
+            mode = (member.external_attr >> 16) & 0o777
+            if mode and not member.is_dir():
+                target.chmod(mode | 0o600)
+
+
+def clear_stale(root: Path) -> None:
+    """Remove scratch directories whose runner is gone: it was killed before it could."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in root.iterdir():
+        try:
+            owner = int((path / OWNER_FILE).read_text())
+        except (OSError, ValueError):
+            continue  # being made this moment, or not ours
+        if not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _threads(order: RunOrder) -> int | None:
+    """OMP threads per rank: the bundle's CPUs shared out; 1 for several ranks, as torchrun; else the default."""
+    if order.cpus:
+        return max(1, int(order.cpus / order.local_world))
+    return 1 if order.local_world > 1 else None
+
+
+def _own_code(cwd: str) -> str:
+    """The directory to import `rm` from, where it is not installed but was shipped; else ''."""
+    home = Path(__file__).resolve().parents[2]
+    if "site-packages" in home.parts or "dist-packages" in home.parts or str(home) == cwd:
+        return ""
+    return str(home)

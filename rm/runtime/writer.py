@@ -1,0 +1,310 @@
+"""The one writer: events in, decisions committed, effects out.
+
+    inbox ──► apply ──► schedule ──► commit (one transaction) ──► publish, reply, effects
+      ▲                                                                         │
+      └────────────────────────────── events ───────────────────────────────────┘
+
+One batch at a time: what arrives while a commit is under way waits for the next, so under load commits are
+grouped by themselves. Nothing that a batch decided is visible, answered or carried out before its commit.
+If the commit fails, the batch never was: requests get the error, facts from the world go back to the head of
+the inbox, and the state is read anew from the ledger, which is the truth.
+
+Knows neither Ray nor a wall clock: both come in through the constructor, so the same writer runs under the
+fake runtime of `rm.testing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from rm.core.cycle import schedule
+from rm.core.effects import Effect
+from rm.core.events import (
+    Event,
+    ForeignUseObserved,
+    JobSubmitted,
+    NodeJoined,
+    NodeTypesObserved,
+)
+from rm.core.model import Job, Node
+from rm.core.state import ClusterState, Totals
+from rm.errors import Busy, InternalError, LedgerUnavailable
+from rm.ledger import Accepted, Batch, EventRow, Ledger
+from rm.spec import JobSpec
+
+log = logging.getLogger("rm.writer")
+
+RETRY_S = 1.0
+"""Pause after a failed commit before facts are tried again."""
+ENDED_KEPT = 1_000
+"""Ended jobs answered from memory; older ones are read from the ledger."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """An event that somebody waits for: answered after the commit, or with its failure."""
+
+    event: Event
+    answer: asyncio.Future[None]
+    accepted: Accepted | None = None
+
+
+@dataclass(slots=True)
+class View:
+    """What is committed. Readers get read-only mappings; the writer alone changes them, after each commit."""
+
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    ended: Mapping[str, Job] = field(default_factory=dict)
+
+
+class Writer:
+    """Owns the `ClusterState`. All methods run in one event loop; `run` is its only long-lived task."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        clock: Callable[[], float],
+        execute: Callable[[Iterable[Effect]], None],
+        max_pending: int = 100_000,
+        check: bool = False,
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._execute = execute
+        self._max_pending = max_pending
+        self._check = check
+        self._inbox: list[Event | _Request] = []
+        self._wake = asyncio.Event()
+        self._watchers: dict[str, set[asyncio.Future[None]]] = {}
+        self._committed: dict[str, Job] = {}
+        self._ended: OrderedDict[str, Job] = OrderedDict()
+        self._stopping = False
+        self._scheduling = False
+        self.broken: str | None = None
+        """Why the ledger can't be written at present, or None."""
+        self.state = ClusterState()
+        self._next_seq = 1
+
+    # --- life --------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Load the ledger and resume what was under way. Called once, before `run`; raises LedgerUnavailable."""
+        loaded = self._ledger.load()
+        self._next_seq = loaded.next_seq
+        effects = self.state.restore(loaded.jobs)
+        self._committed = {job.id: job for job in loaded.jobs}
+        self._execute(effects)
+
+    async def run(self) -> None:
+        """The loop. Returns after `stop` once the inbox is empty."""
+        while not (self._stopping and not self._inbox):
+            await self._wait()
+            inbox, self._inbox = self._inbox, []
+            try:
+                failed = await self._turn(inbox)
+            except Exception as error:  # a bug of ours must not end the writer: nobody could release a GPU
+                log.exception("a batch broke and is dropped: %s", inbox)
+                self._answer_all(inbox, InternalError(f"the allocator hit a bug: {error!r}"))
+                failed = True
+            if failed:
+                await self._start_over()
+
+    def start_scheduling(self) -> None:
+        """Called once the nodes have been observed: before that, nothing is known to be free or feasible."""
+        self._scheduling = True
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    # --- asking and telling ------------------------------------------------------------------------------
+
+    def post(self, event: Event) -> None:
+        """A fact from the world. Never lost: it is tried until it is committed."""
+        self._inbox.append(event)
+        self._wake.set()
+
+    async def request(self, event: Event) -> None:
+        """An event whose sender waits until it is durable. Raises LedgerUnavailable if it could not be."""
+        await self._ask(_Request(event, asyncio.get_running_loop().create_future()))
+
+    async def submit(self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]]) -> list[str]:
+        """Accept jobs, all or none; returns their ids once they are durable.
+
+        A draft is the spec, its idempotency key, and what makes the core's record from an id and its number.
+        """
+        if len(self.state.queue) + len(drafts) > self._max_pending:
+            raise Busy(
+                f"{len(self.state.queue)} jobs are waiting and at most {self._max_pending} may "
+                "(RM_MAX_PENDING); submit again when some have started"
+            )
+        loop = asyncio.get_running_loop()
+        requests = []
+        for spec, key, make in drafts:
+            seq, self._next_seq = self._next_seq, self._next_seq + 1
+            job = make(f"j{seq}", seq)
+            requests.append(
+                _Request(JobSubmitted(self._clock(), job), loop.create_future(), Accepted(job, spec, key))
+            )
+        self._inbox.extend(requests)
+        self._wake.set()
+        await asyncio.gather(*(each.answer for each in requests))
+        return [each.accepted.job.id for each in requests if each.accepted]
+
+    async def changed(self, job_id: str, timeout_s: float) -> None:
+        """Return when a commit has changed the job, or after `timeout_s`."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.setdefault(job_id, set()).add(future)
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            pass
+        finally:
+            waiting = self._watchers.get(job_id, set())
+            waiting.discard(future)
+            if not waiting:
+                self._watchers.pop(job_id, None)
+
+    def view(self) -> View:
+        return View(
+            MappingProxyType(self._committed),
+            MappingProxyType(self.state.nodes),
+            MappingProxyType(self._ended),
+        )
+
+    # --- one turn ----------------------------------------------------------------------------------------
+
+    async def _wait(self) -> None:
+        if not self._inbox:
+            now = self._clock()
+            due = self.state.next_due(now)
+            try:
+                await asyncio.wait_for(self._wake.wait(), None if due is None else max(0.0, due - now))
+            except TimeoutError:
+                pass
+        self._wake.clear()
+
+    async def _turn(self, inbox: list[Event | _Request]) -> bool:
+        """Apply, schedule, commit, act. True where the commit failed."""
+        rows, effects, refused = self._decide(inbox)
+        changed = self.state.take_changes()
+        accepted = [each.accepted for each in inbox if isinstance(each, _Request) and each.accepted]
+        if rows or changed:
+            try:
+                await asyncio.to_thread(self._ledger.commit, Batch(accepted, rows, changed))
+            except LedgerUnavailable as error:
+                self.broken = str(error)
+                log.error("commit failed, %d events wait: %s", len(inbox), error)  # noqa: TRY400
+                self._answer_all(inbox, error)
+                self._inbox[:0] = [each for each in inbox if not isinstance(each, _Request)]
+                return True
+        self.broken = None
+        self._publish(changed)
+        for each in inbox:
+            if isinstance(each, _Request) and each not in refused and not each.answer.done():
+                each.answer.set_result(None)
+        self._execute(effects)
+        return False
+
+    def _decide(self, inbox: list[Event | _Request]) -> tuple[list[EventRow], list[Effect], list[_Request]]:
+        """Everything the core says about the inbox: pure in effect, no await."""
+        rows: list[EventRow] = []
+        effects: list[Effect] = []
+        refused: list[_Request] = []
+        now = self._clock()
+        before = self.state.totals()
+        for each in [*inbox, *self.state.due(now)]:
+            event = each.event if isinstance(each, _Request) else each
+            try:
+                before = self._apply(event, before, rows, effects)
+            except InternalError as error:
+                log.exception("an event was refused: %s", event)
+                if isinstance(each, _Request):
+                    each.answer.set_exception(error)
+                    refused.append(each)
+        if self._scheduling:
+            for decision in schedule(self.state, now).events:
+                before = self._apply(decision, before, rows, effects)
+        if self._check:
+            self.state.check()
+        return rows, effects, refused
+
+    def _apply(self, event: Event, before: Totals, rows: list[EventRow], effects: list[Effect]) -> Totals:
+        version = self.state.version
+        effects += self.state.apply(event)
+        if self.state.version == version:
+            return before  # old news: nothing happened, so nothing is recorded
+        after = self.state.totals()
+        if event.durable:
+            rows.append(EventRow(event, before, after))
+        return after
+
+    def _publish(self, changed: Iterable[Job]) -> None:
+        for job in changed:
+            if job.status.terminal:
+                self._committed.pop(job.id, None)
+                self._ended[job.id] = job
+                while len(self._ended) > ENDED_KEPT:
+                    self._ended.popitem(last=False)
+            else:
+                self._committed[job.id] = job
+            for future in self._watchers.pop(job.id, set()):
+                if not future.done():
+                    future.set_result(None)
+
+    async def _start_over(self) -> None:
+        """Forget what was not committed: read the ledger again, as often as it takes, and go on from there.
+
+        Effects under way are asked for again, since a commit that seemed to fail may have been made; they are
+        idempotent. Requests that come meanwhile are refused: nothing could acknowledge them.
+        """
+        while True:
+            await asyncio.sleep(RETRY_S)
+            requests = [each for each in self._inbox if isinstance(each, _Request)]
+            try:
+                loaded = await asyncio.to_thread(self._ledger.load)
+            except LedgerUnavailable as error:
+                self.broken = str(error)
+                self._answer_all(requests, error)
+                self._inbox = [each for each in self._inbox if not isinstance(each, _Request)]
+                continue
+            break
+        old, self.state = self.state, ClusterState()
+        effects = self.state.restore(loaded.jobs)
+        for event in _observations(old):
+            self.state.apply(event)
+        self._publish(loaded.jobs)
+        self._execute(effects)
+        self._wake.set()
+
+    async def _ask(self, request: _Request) -> None:
+        self._inbox.append(request)
+        self._wake.set()
+        await request.answer
+
+    @staticmethod
+    def _answer_all(inbox: Iterable[Event | _Request], error: Exception) -> None:
+        for each in inbox:
+            if isinstance(each, _Request) and not each.answer.done():
+                each.answer.set_exception(error)
+
+
+def _observations(state: ClusterState) -> list[Event]:
+    """What is known of the nodes, as the events that say it again."""
+    events: list[Event] = [NodeTypesObserved(0, state.launchable)]
+    for node in state.nodes.values():
+        events += [
+            NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),
+            ForeignUseObserved(
+                0, node.id, node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes
+            ),
+        ]
+    return events

@@ -1,0 +1,153 @@
+"""What readers see: plain, immutable, JSON-able. SDK, command line and reports all show these and nothing else.
+
+Amounts of GPUs are counts (1.0 = one device), times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rm.core.model import Job, Node
+from rm.core.reasons import Reason
+from rm.core.resources import GPU_UNIT, gpu_count
+from rm.core.state import usable
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """One job. `reason` is set while it waits, `outcome` once it ended (or its last attempt did)."""
+
+    id: str
+    name: str
+    owner: str
+    kind: str
+    queue: str
+    priority: int
+    status: str
+    gpus: float
+    bundles: int
+    gpus_per_bundle: float
+    gpu_types: tuple[str, ...]
+    attempts: int
+    failures: int
+    infra_failures: int
+    submitted_at: float
+    started_at: float | None
+    ended_at: float | None
+    time_limit_s: float | None
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes that the live attempt holds."""
+    reason: dict[str, Any] | None = None
+    """code, message, evidence, advice."""
+    outcome: dict[str, Any] | None = None
+    """status, message, rank, node_id, exit_code, signal, tail, infra."""
+    progress: dict[str, Any] | None = None
+    """What rank 0 last gave to `rm.report()`: {"at": …, "metrics": {…}}."""
+    command: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.ended_at is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds."""
+
+    id: str
+    name: str
+    gpu_type: str | None
+    gpus: int
+    charged_gpus: float
+    foreign_gpus: float
+    free_gpus: float
+    cpus: float
+    memory_bytes: int
+    jobs: tuple[str, ...]
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EventView:
+    """One row of the ledger's history, with the cluster's GPUs before and after it."""
+
+    seq: int
+    at: float
+    kind: str
+    job_id: str | None
+    attempt: int | None
+    body: dict[str, Any]
+    free_before: float
+    free_after: float
+    charged_before: float
+    charged_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def reason_dict(reason: Reason | None) -> dict[str, Any] | None:
+    return asdict(reason) if reason else None
+
+
+def job_view(
+    job: Job,
+    *,
+    command: str = "",
+    progress: dict[str, Any] | None = None,
+    node_names: dict[str, str] | None = None,
+    reason: Reason | None = None,
+) -> JobView:
+    """The view of a core record. `reason` overrides the recorded one (readers compute it fresh)."""
+    names = node_names or {}
+    placed = job.attempt.placed if job.attempt else ()
+    return JobView(
+        id=job.id,
+        name=job.name,
+        owner=job.owner,
+        kind=str(job.kind),
+        queue=job.queue,
+        priority=job.priority,
+        status=str(job.status),
+        gpus=gpu_count(job.gang.gpu_units),
+        bundles=job.gang.count,
+        gpus_per_bundle=gpu_count(job.gang.bundle.gpu_units),
+        gpu_types=job.gang.gpu_types,
+        attempts=job.attempts,
+        failures=job.failures,
+        infra_failures=job.infra_failures,
+        submitted_at=job.submitted_at,
+        started_at=job.first_started_at,
+        ended_at=job.ended_at,
+        time_limit_s=job.time_limit_s,
+        nodes=tuple(dict.fromkeys(names.get(each.node_id, each.node_id[:8]) for each in placed)),
+        reason=reason_dict(reason or job.reason),
+        outcome=asdict(job.outcome) if job.outcome else None,
+        progress=progress,
+        command=command,
+    )
+
+
+def node_view(node: Node, jobs: tuple[str, ...]) -> NodeView:
+    free = usable(node).total_free
+    charged = node.gpu_slots * GPU_UNIT - node.devices.total_free
+    return NodeView(
+        id=node.id,
+        name=node.name,
+        gpu_type=node.gpu_type,
+        gpus=node.gpu_slots,
+        charged_gpus=gpu_count(charged),
+        foreign_gpus=gpu_count(node.gpu_slots * GPU_UNIT - charged - free),
+        free_gpus=gpu_count(free),
+        cpus=node.cpu_milli / 1000,
+        memory_bytes=node.memory_bytes,
+        jobs=jobs,
+        labels=dict(node.labels),
+    )
