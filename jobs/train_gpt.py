@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def parse_arguments() -> Namespace:
-    parser = training_flags(__doc__ or "", steps=400, batch_size=16, lr=4e-3, checkpoint_every=50)
+    parser = training_flags(__doc__ or "", steps=1500, batch_size=16, lr=4e-3, checkpoint_every=100)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64, help="a multiple of 64")
     parser.add_argument("--context", type=int, default=64, help="how many bytes the model looks back")
@@ -132,7 +132,7 @@ def test(gang: Gang, model: nn.Module, held_out: Tensor, context: int) -> None:
     """The loss on text that was not trained on, at windows spread evenly over it."""
     model.eval()
     starts = torch.linspace(0, len(held_out) - context - 1, 64).long()
-    with torch.autocast(gang.device.type, torch.bfloat16, enabled=gang.device.type == "cuda"):
+    with gang.autocast():
         loss = window_loss(model, held_out, starts, context).item()
     rm.report(held_out_loss=loss)
     gang.say(f"held-out loss {loss:.4f} nats")

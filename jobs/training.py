@@ -51,6 +51,10 @@ class Gang:
         if self.leads:
             print(line, flush=True)
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where it is fast, on a GPU; full precision on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
     def share(self, examples: Tensor) -> Tensor:
         """This rank's part of a global batch. The parts are equal, so that the mean of means is the mean."""
         return examples[self.rank :: self.world_size]
@@ -123,30 +127,26 @@ def fit(gang: Gang, model: nn.Module, batch_loss: BatchLoss, args: Namespace, da
     rm.should_stop()  # from here on SIGTERM asks, and no longer kills
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, args.steps))
-    checkpoint = Checkpoint(
-        gang,
-        (args.checkpoint_dir or rm.checkpoint_dir()) / f"{Path(sys.argv[0]).stem}.pt",
-        {"model": model, "optimizer": optimizer, "schedule": schedule},
-        {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-        | {"data": hashlib.sha256(data).hexdigest()},
-    )
+    path = (args.checkpoint_dir or rm.checkpoint_dir()) / f"{Path(sys.argv[0]).stem}.pt"
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["data"] = hashlib.sha256(data).hexdigest()
+    checkpoint = Checkpoint(gang, path, parts, settings)
     seed_rank(gang, args.seed)
     first = checkpoint.restore()
     module = DistributedDataParallel(model) if gang.world_size > 1 else model
     module.train()
-    # Agreeing waits for the GPU, so that it is not done at each of its steps.
-    agree_every = 10 if gang.device.type == "cuda" else 1
     for step in range(first, args.steps):
-        with torch.autocast(gang.device.type, torch.bfloat16, enabled=gang.device.type == "cuda"):
+        with gang.autocast():
             loss = batch_loss(module, step)
         _descend(loss, optimizer)
         schedule.step()
-        stop, done = False, step + 1
-        if done % agree_every == 0 or done == args.steps:
-            stop, mean_loss = gang.agree(rm.should_stop(), loss)
-            rm.report(step=done, total=args.steps, loss=mean_loss)
-            if done % max(1, args.steps // 20) < agree_every or done == args.steps:
-                gang.say(f"step {done}/{args.steps} loss {mean_loss:.4f}")
+        done = step + 1
+        # Waits for the GPU at every step: a stop is then never more than a step away.
+        stop, mean_loss = gang.agree(rm.should_stop(), loss)
+        rm.report(step=done, total=args.steps, loss=mean_loss)
+        if done % max(1, args.steps // 20) == 0 or done == args.steps:
+            gang.say(f"step {done}/{args.steps} loss {mean_loss:.4f}")
         if stop or done % args.checkpoint_every == 0 or done == args.steps:
             checkpoint.save(done)
         if stop and done < args.steps:

@@ -304,9 +304,7 @@ def _words(entry: Any) -> tuple[str, ...]:
     if isinstance(entry, str):
         if not entry.strip():
             raise InvalidSpec("command: it is empty; say what to run", field="command")
-        # Without shell syntax no shell is needed, and "no such command" is told apart from a failing script.
-        plain = not set(entry) & set("|&;<>()$`\\\"'*?[]#~=%!{}\n")
-        return tuple(entry.split()) if plain else ("bash", "-c", entry)
+        return ("bash", "-c", entry)
     if isinstance(entry, Sequence) and entry and all(isinstance(word, str | os.PathLike) for word in entry):
         return tuple(os.fspath(word) for word in entry)
     raise InvalidSpec(

@@ -93,6 +93,7 @@ class _Stop:
         self._asked = False
         self._armed = False
         self._looked_at = -math.inf  # monotonic seconds
+        self._mask = threading.local()  # each thread has its own signal mask, and may fork
 
     def asked(self) -> bool:
         if not self._armed:
@@ -119,15 +120,26 @@ class _Stop:
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
 
-    def forked(self) -> None:
-        """In a forked child SIGTERM kills again: pools and data loaders end their workers that way."""
+    # In a forked child SIGTERM kills again: pools and data loaders end their workers that way. It is held back
+    # during the fork, or a worker that is ended at birth would take it for a note to stop, and live.
+
+    def before_fork(self) -> None:
+        self._mask.before_fork = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def forked_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before_fork)
+
+    def forked_child(self) -> None:
         self._armed = False
         if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before_fork)
 
 
 _stop = _Stop()
-os.register_at_fork(after_in_child=_stop.forked)
+os.register_at_fork(
+    before=_stop.before_fork, after_in_parent=_stop.forked_parent, after_in_child=_stop.forked_child
+)
 
 
 def should_stop() -> bool:

@@ -93,7 +93,7 @@ class Job:
         return self._view
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the function returned (None for a command). Raises JobFailed, from the job's own exception if it had one."""
+        """What the function returned (None for a command). Raises JobFailed, from its own exception if it had one."""
         view = self.wait(timeout)
         data = self._client._store("get_result", self.id) if view.kind == "function" else None
         payload = cloudpickle.loads(data) if data else {}

@@ -53,13 +53,13 @@ class LogReader:
                 self._job._client._store("news", self._job.id, NEWS_S)
 
     def _files(self) -> list[Any]:
-        files = self._job._client._store("logs", self._job.id)
-        self._ranks |= {each.rank for each in files}
-        return [
+        files = [
             each
-            for each in sorted(files, key=lambda f: (f.attempt, f.rank, f.stream != "out"))
+            for each in self._job._client._store("logs", self._job.id)
             if self._rank in (None, each.rank) and self._stream in (None, each.stream)
         ]
+        self._ranks |= {each.rank for each in files}
+        return sorted(files, key=lambda each: (each.attempt, each.rank, each.stream != "out"))
 
     def _news(self, file: Any) -> Iterator[str]:
         """Whole lines that are new."""

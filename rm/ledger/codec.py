@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError, from_json, to_json
@@ -24,6 +24,8 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from rm.core.events import Event, JobSubmitted
 from rm.core.model import Job
 from rm.spec import JobSpec
+
+Record = TypeVar("Record")
 
 MARK = "\ufdd0"
 _UNSTORABLE = re.compile(f"[\0\ud800-\udfff{MARK}]")
@@ -58,7 +60,7 @@ def encode_job(job: Job) -> str:
 
 def decode_job(text: str) -> Job:
     """Raises ValueError (pydantic's) for text that is no Job."""
-    return _decode(Job, text)
+    return _decode(_JOB, text)
 
 
 def encode_spec(spec: JobSpec) -> str:
@@ -80,7 +82,7 @@ def encode_event(event: Event) -> str:
 
 def decode_event(kind: str, text: str) -> Event:
     """The inverse of `encode_event`. Raises KeyError for a kind that this version does not know."""
-    return _decode(EVENT_TYPES[kind], text)
+    return _decode(_event_adapter(kind), text)
 
 
 def event_fields(text: str) -> dict[str, Any]:
@@ -107,24 +109,29 @@ def column(text: str) -> str:
 def _encode(value: object, exclude: Mapping[str, set[str]] | None = None) -> str:
     try:
         # An odd object in a reason's evidence is no ground to lose an event: it is written as its str.
-        text = to_json(value, exclude=exclude, serialize_unknown=True).decode()  # type: ignore[arg-type]
+        text = to_json(value, exclude=exclude, serialize_unknown=True).decode()
     except PydanticSerializationError:
         pass  # a lone surrogate: the one thing left that can't be written
     else:
         if MARK not in text:
             return text
     marked = _mapped(value, _storable)
-    return to_json(marked, exclude=exclude, serialize_unknown=True).decode()  # type: ignore[arg-type]
+    return to_json(marked, exclude=exclude, serialize_unknown=True).decode()
 
 
-def _decode[T](kind: type[T], text: str) -> T:
-    value = _adapter(kind).validate_json(text)
-    return _mapped(value, _restored) if MARK in text else value
+def _decode(adapter: TypeAdapter[Record], text: str) -> Record:
+    value = adapter.validate_json(text)
+    if MARK in text:
+        value = _mapped(value, _restored)
+    return value
+
+
+_JOB = TypeAdapter(Job)
 
 
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _event_adapter(kind: str) -> TypeAdapter[Event]:
+    return TypeAdapter(EVENT_TYPES[kind])
 
 
 def _storable(text: str) -> str:

@@ -54,7 +54,7 @@ events = Table(
     Column("at", Double, nullable=False),
     Column("kind", Text, nullable=False),
     Column("job_id", Text),
-    Column("attempt", Integer),
+    Column("attempt", BigInteger),
     Column("body", Text, nullable=False),
     Column("free_before", BigInteger, nullable=False),
     Column("free_after", BigInteger, nullable=False),

@@ -64,7 +64,7 @@ class Allocator:
         # The constructor must return before the actor's event loop runs: the first call is our own.
         ray.get_runtime_context().current_actor.live.remote()
 
-    @ray.method(max_task_retries=0)
+    @ray.method(max_task_retries=0)  # type: ignore[untyped-decorator]
     async def live(self) -> None:
         """Recover, then run until `shutdown`. Called by the constructor alone."""
         try:
@@ -277,7 +277,7 @@ class Allocator:
             "nodes": [each.node_id for each in job.attempt.placed],
         }
 
-    @ray.method(max_task_retries=0)
+    @ray.method(max_task_retries=0)  # type: ignore[untyped-decorator]
     async def shutdown(self, *, cancel: bool, by: str = "") -> None:
         """End: with `cancel` every job first, else only if none lives. The caller then kills the actor."""
         await self._up()

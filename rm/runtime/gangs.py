@@ -271,9 +271,10 @@ class _GangRun:
     async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:
         """The result of `work`, or None when a stop comes first. Raises TimeoutError past `start_timeout_s`."""
         stopped = asyncio.ensure_future(self._stop.asked.wait())
+        both: list[asyncio.Future[Any]] = [work, stopped]
         try:
             await asyncio.wait(
-                [work, stopped],
+                both,
                 timeout=self._gangs._config.start_timeout_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )

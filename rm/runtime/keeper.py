@@ -67,17 +67,18 @@ def set_process_option(option: int, value: int) -> bool:
 class Process:
     """One process as /proc shows it. `pid` and `started` (clock ticks since boot) name it for good."""
 
-    __slots__ = ("group", "parent", "pid", "started", "state")
+    __slots__ = ("group", "parent", "pid", "started", "state", "threads")
 
     def __init__(self, pid: int, stat: bytes) -> None:
         fields = stat[stat.rindex(b")") + 2 :].split()  # the name before it may hold blanks and brackets
         self.pid, self.state = pid, fields[0].decode()
-        self.parent, self.group, self.started = int(fields[1]), int(fields[2]), int(fields[19])
+        self.parent, self.group = int(fields[1]), int(fields[2])
+        self.threads, self.started = int(fields[17]), int(fields[19])
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs. A zombie holds no memory and no GPU: it only waits to be reaped."""
-        return self.state not in "ZX"
+        """Whether any thread of it still runs. A mere zombie holds neither memory nor a GPU."""
+        return self.state not in "ZX" or self.threads > 1
 
 
 def read_process(pid: int) -> Process | None:
@@ -136,14 +137,15 @@ def signal_exactly(pid: int, number: int, is_still_meant: Callable[[], bool]) ->
             os.close(handle)
 
 
+def lives_on(found: Process) -> bool:
+    """Whether the process that was found is still alive, and not another that got its pid since."""
+    now = read_process(found.pid)
+    return now is not None and now.started == found.started and now.alive
+
+
 def signal_process(found: Process, number: int) -> bool:
     """Signal the process that was found, and no other that got its pid since."""
-
-    def is_same() -> bool:
-        now = read_process(found.pid)
-        return now is not None and now.started == found.started and now.alive
-
-    return signal_exactly(found.pid, number, is_same)
+    return signal_exactly(found.pid, number, lambda: lives_on(found))
 
 
 def kill_descendants(reap: Callable[[], bool], leaders: Iterable[int] = ()) -> tuple[int, list[int]]:

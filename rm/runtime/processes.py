@@ -224,16 +224,20 @@ def sweep(key: str) -> int:
     """
     if not key:
         raise ValueError("sweep: the key is empty, which would match processes of nobody's attempt")
-    killed: set[int] = set()
+    killed: dict[int, keeper.Process] = {}
     give_up = time.monotonic() + SWEEP_LIMIT_S
     while True:
         found = [pid for pid in keeper.all_pids() if pid != os.getpid() and _carries(pid, key)]
         for pid in found:
-            if keeper.signal_exactly(pid, signal.SIGKILL, _still_carries(pid, key)):
-                killed.add(pid)
-        if not found or time.monotonic() >= give_up:
+            process = keeper.read_process(pid)
+            if process and keeper.signal_exactly(pid, signal.SIGKILL, _still_carries(pid, key)):
+                killed[pid] = process
+        # A dying process loses its environment before it lets go of its GPU: wait for the whole of its death.
+        if not found and not any(keeper.lives_on(process) for process in killed.values()):
             return len(killed)
-        time.sleep(0.005)  # SIGKILL is on its way; the next look finds what was forked meanwhile
+        if time.monotonic() >= give_up:
+            return len(killed)
+        time.sleep(0.005)  # then look again for what was forked meanwhile
 
 
 def _carries(pid: int, key: str) -> bool:

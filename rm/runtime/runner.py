@@ -174,7 +174,8 @@ def _describe(exit_: RankExit) -> str:
     if exit_.signal is not None:
         hint = " (out of memory?)" if exit_.signal_name == "SIGKILL" else ""
         return f"{where} was killed by {exit_.signal_name}{hint}"
-    return f"{where} exited with code {exit_.code}"
+    hint = {126: " (can't be executed?)", 127: " (command not found?)"}.get(exit_.code or 0, "")
+    return f"{where} exited with code {exit_.code}{hint}"
 
 
 def _tail(workspace: Workspace, rank: int) -> list[str]:

@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python ≥ 3.11 and nothing else; everything is installed into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint types layers unit wheel clean services stress
+
+demo: $(STAMP)
+	$(BIN)/rmctl demo
+
+test: lint types layers services
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+layers: $(STAMP)
+	$(BIN)/lint-imports
+
+# The tests that need neither Ray nor a database server: seconds.
+unit: $(STAMP)
+	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch"
+
+# The ledger is tested against a real PostgreSQL server. Where none is installed and we may install one, do.
+services: $(STAMP)
+	@$(BIN)/python tests/ledger/find_postgres.py >/dev/null 2>&1 || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y postgresql >/dev/null; } || \
+	  echo "no PostgreSQL server here: its tests are skipped (Debian: apt-get install postgresql)"
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,253 @@
+"""The ledger: one write, a few reads.
+
+Theory of operation. The allocator's writer is the only one that commits. A batch is accepted jobs, changed
+records and events, in one transaction: after a failure the database holds none of it, and a failure that
+came while the database was committing is settled by the next `load`, which waits for it. Job records are
+overwritten, since the core keeps one per job; events are only ever added. Reads see what is committed and never
+wait for the writer.
+
+Methods block: the allocator calls them in worker threads. All raise LedgerUnavailable, with the database's own
+words, for whatever the world has done to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy import Select, bindparam, func, make_url, select, update
+from sqlalchemy.exc import ArgumentError
+
+from rm.core.model import TERMINAL, Job, Status
+from rm.core.resources import gpu_count
+from rm.errors import LedgerUnavailable, UnknownJob
+from rm.ledger import codec
+from rm.ledger.database import Database
+from rm.ledger.rows import Accepted, Batch, EventRow, JobRow, Loaded
+from rm.ledger.schema import read_key
+from rm.ledger.tables import events, jobs
+from rm.spec import JobSpec
+from rm.views import EventView
+
+Value = TypeVar("Value")
+Fields = dict[str, Any]
+
+LIVE = tuple(str(status) for status in Status if status not in TERMINAL)
+KEYS_AT_ONCE = 1_000
+"""Most parameters of one query; SQLite allows 32,766."""
+
+
+class Ledger:
+    """An open ledger. Thread-safe. `key`: its 6 hex characters, drawn when it was created and kept for good."""
+
+    def __init__(self, database: Database) -> None:
+        """For `open` alone."""
+        self._database = database
+        with database.reading() as connection:
+            self.key = read_key(connection)
+
+    @classmethod
+    def open(cls, url: str) -> Ledger:
+        """The ledger at a SQLAlchemy URL (`sqlite:///…` or `postgresql://…`), created where there is nothing.
+
+        Raises LedgerUnavailable where something else is: a damaged file, a foreign database, a newer schema.
+        """
+        try:
+            parsed = make_url(url)
+        except ArgumentError:
+            parsed = None
+        backend = parsed.drivername.split("+")[0] if parsed is not None else ""
+        if parsed is None or backend not in ("sqlite", "postgresql", "postgres"):
+            raise LedgerUnavailable(
+                "the ledger's URL (RM_LEDGER_URL) must be sqlite:////path/to/ledger.sqlite or "
+                f"postgresql://user@host/database, not {backend or 'something else'}"
+            )
+        if backend == "sqlite":
+            from rm.ledger.sqlite import open_sqlite as connect
+        else:
+            from rm.ledger.postgres import open_postgres as connect
+        database = connect(parsed)
+        try:
+            return cls(database)
+        except BaseException:
+            database.close()
+            raise
+
+    def close(self) -> None:
+        """Close all connections. Whoever opened the ledger calls it, once nothing reads any more."""
+        self._database.close()
+
+    # --- the writer's two calls --------------------------------------------------------------------------
+
+    def load(self) -> Loaded:
+        """Every job that has not ended, and the next `seq`. Includes all that was ever committed."""
+        live = select(jobs.c.id, jobs.c.record).where(jobs.c.status.in_(LIVE)).order_by(jobs.c.seq)
+        with self._database.transaction("read") as connection:
+            rows = connection.execute(live).all()
+            last = connection.execute(select(func.max(jobs.c.seq))).scalar()
+        return Loaded([_job(row) for row in rows], (last or 0) + 1)
+
+    def commit(self, batch: Batch) -> None:
+        """Write the batch in one transaction, durably. Raises LedgerUnavailable: then none of it is written."""
+        changed = {job.id: job for job in batch.changed}
+        # A job accepted in this very batch is written once, as it is at the end of it.
+        added = [_accepted_fields(each, changed.pop(each.job.id, each.job)) for each in batch.accepted]
+        moved = [{"of": codec.column(job.id), **_record_fields(job)} for job in changed.values()]
+        happened = [_event_fields(row) for row in batch.events]
+        if not (added or moved or happened):
+            return
+        with self._database.transaction() as connection:
+            if added:
+                connection.execute(jobs.insert(), added)
+            if moved:
+                found = connection.execute(_MOVE, moved).rowcount
+                if found != len(moved):
+                    raise LedgerUnavailable(
+                        f"the ledger {self._database.name} lacks {len(moved) - found} of the jobs "
+                        f"{', '.join(list(changed)[:10])}: was it replaced while the allocator was running?"
+                    )
+            if happened:
+                connection.execute(events.insert(), happened)
+
+    # --- reads -------------------------------------------------------------------------------------------
+
+    def job(self, job_id: str) -> JobRow | None:
+        """One job, ended or not, or None."""
+        rows = self._read(_JOB_ROW.where(jobs.c.id == codec.column(job_id)))
+        return _job_row(rows[0]) if rows else None
+
+    def spec(self, job_id: str) -> JobSpec:
+        """What was asked for. Raises UnknownJob."""
+        rows = self._read(select(jobs.c.id, jobs.c.spec).where(jobs.c.id == codec.column(job_id)))
+        if not rows:
+            raise UnknownJob(f"there is no job {job_id!r} in the ledger", field="job_id")
+        return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
+
+    def jobs(
+        self,
+        statuses: Iterable[Status] | None = None,
+        owner: str | None = None,
+        name: str | None = None,
+        limit: int = 100,
+        newest_first: bool = True,
+    ) -> list[JobRow]:
+        """Jobs in the order of submission, of these statuses, this owner and this name where given."""
+        query = _JOB_ROW.order_by(jobs.c.seq.desc() if newest_first else jobs.c.seq).limit(limit)
+        if statuses is not None:
+            query = query.where(jobs.c.status.in_([str(status) for status in statuses]))
+        if owner is not None:
+            query = query.where(jobs.c.owner == codec.column(owner))
+        if name is not None:
+            query = query.where(jobs.c.name == codec.column(name))
+        return [_job_row(row) for row in self._read(query)]
+
+    def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
+        """The oldest `limit` events with a number above `after`, of one job or of all, in order."""
+        query = select(events).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+        if job_id is not None:
+            query = query.where(events.c.job_id == codec.column(job_id))
+        return [_event_view(row) for row in self._read(query)]
+
+    def submitted(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which of these idempotency keys were accepted before: key → job id."""
+        stored = {codec.column(key): key for key in keys}
+        found: dict[str, str] = {}
+        columns = list(stored)
+        for start in range(0, len(columns), KEYS_AT_ONCE):
+            some = columns[start : start + KEYS_AT_ONCE]
+            rows = self._read(select(jobs.c.key, jobs.c.id).where(jobs.c.key.in_(some)))
+            found.update({stored[row.key]: row.id for row in rows})
+        return found
+
+    def count_events(self) -> int:
+        """How many events there are. Reads an index from end to end."""
+        return int(self._read(select(func.count()).select_from(events))[0][0])
+
+    def _read(self, query: Select[Any]) -> Sequence[Any]:
+        with self._database.reading() as connection:
+            return connection.execute(query).all()
+
+
+_JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
+_MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
+
+
+def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
+    return {
+        "id": codec.column(job.id),
+        "key": codec.column(accepted.key),
+        "spec": codec.encode_spec(accepted.spec),
+        **_record_fields(job),
+    }
+
+
+def _record_fields(job: Job) -> Fields:
+    return {
+        "seq": job.seq,
+        "name": codec.column(job.name),
+        "owner": codec.column(job.owner),
+        "queue": codec.column(job.queue),
+        "kind": str(job.kind),
+        "status": str(job.status),
+        "submitted_at": _moment(job.submitted_at),
+        "ended_at": None if job.ended_at is None else _moment(job.ended_at),
+        "record": codec.encode_job(job),
+    }
+
+
+def _event_fields(row: EventRow) -> Fields:
+    event = row.event
+    return {
+        "at": _moment(event.at),
+        "kind": type(event).__name__,
+        "job_id": None if event.job_id is None else codec.column(event.job_id),
+        "attempt": getattr(event, "attempt", None),
+        "body": codec.encode_event(event),
+        "free_before": row.totals_before.free,
+        "free_after": row.totals_after.free,
+        "charged_before": row.totals_before.charged,
+        "charged_after": row.totals_after.charged,
+    }
+
+
+def _moment(at: float) -> float:
+    # SQLite stores NaN as NULL. The JSON beside it keeps what was said.
+    return at if at == at else 0.0  # noqa: PLR0124 (NaN is the one value unlike itself)
+
+
+def _job(row: Any) -> Job:
+    return _decoded(row.id, codec.decode_job, row.record)
+
+
+def _job_row(row: Any) -> JobRow:
+    return JobRow(_job(row), _decoded(row.id, codec.decode_spec, row.spec))
+
+
+def _event_view(row: Any) -> EventView:
+    return EventView(
+        seq=row.seq,
+        at=row.at,
+        kind=row.kind,
+        job_id=row.job_id,
+        attempt=row.attempt,
+        body=_decoded(f"event {row.seq}", codec.event_fields, row.body),
+        free_before=gpu_count(row.free_before),
+        free_after=gpu_count(row.free_after),
+        charged_before=gpu_count(row.charged_before),
+        charged_after=gpu_count(row.charged_after),
+    )
+
+
+def _decoded(whose: str, decode: Callable[[str], Value], stored: str) -> Value:
+    try:
+        return decode(stored)
+    except ValueError as error:
+        # Without the values, and not chained: a spec's environment may hold secrets.
+        why = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_input=False, include_url=False)[0]
+            why = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        raise LedgerUnavailable(
+            f"the ledger's record of {whose} can't be read ({why}): it was damaged, or written by another version"
+        ) from None

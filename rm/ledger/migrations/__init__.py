@@ -1,0 +1,1 @@
+"""Revisions of the ledger's schema, in order. `rm.ledger.schema` runs them; nobody calls alembic by hand."""

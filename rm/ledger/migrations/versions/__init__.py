@@ -1,0 +1,1 @@
+"""One module per revision, `r<number>_<what>`. A revision that was released is never changed again."""

@@ -1,0 +1,328 @@
+"""Plain files on the head node: blobs by content, logs by rank, results by job. Survives the allocator and Ray.
+
+    blobs/<2 hex>/<64 hex>                      functions with their arguments, zipped working directories
+    logs/<job>/<attempt>/<rank>.<stream>        what a rank printed
+    logs/<job>/<attempt>/<rank>.<stream>.json   its `_Position`, once that is not simply the file's size
+    results/<job>/<attempt>                     what a function returned
+    drafts/                                     files on their way to their names
+
+Blobs and results appear whole, forced to disk, or not at all. Logs are not forced: a crash of the machine may
+cost their last moments, which the next batch then reveals as a gap. No file is held open between calls, so
+there are never more open files than calls under way. One process works on a root at a time; within it, every
+method may be called from any thread. A full or failing disk is an OSError of the system's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rm.errors import InvalidSpec
+
+_JOB_ID = re.compile(r"[a-z][a-z0-9-]{0,63}", re.ASCII)
+_STREAM = re.compile(r"[a-z]{1,16}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_LOG = re.compile(r"([0-9]+)\.([a-z]{1,16})", re.ASCII)
+_NUMBER_MOST = 10**9
+_OFFSET_MOST = 2**62
+_READ_MOST = 64 * 2**20
+_LOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LogChunk:
+    """A piece of a log. Read on from `next_offset`; with `closed` and no data, that was all."""
+
+    data: bytes
+    next_offset: int
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """One log of a job. `size` in bytes as kept; `closed`: it will not grow."""
+
+    attempt: int
+    rank: int
+    stream: str
+    size: int
+    closed: bool
+
+
+@dataclass(slots=True)
+class _Position:
+    """How far a stream has come: from byte `at` of the file on, it holds the stream from byte `stream` on.
+
+    Both are 0 until something is missing. Where the file has reached its limit, `at` is its size and `stream`
+    moves on alone, by what is dropped.
+    """
+
+    at: int = 0
+    stream: int = 0
+    dropped: int = 0
+    closed: bool = False
+
+
+class FileStore:
+    """All of a resource manager's files below `root`. The actor "store" owns it and calls it in threads."""
+
+    def __init__(self, root: Path, max_log_bytes: int) -> None:
+        """`max_log_bytes`: the most that one stream of one rank may keep. Clears what a crash left in drafts/."""
+        self._root = root
+        self._max_log_bytes = max_log_bytes
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._drafts = _directory(root / "drafts")
+        for leftover in self._drafts.iterdir():
+            leftover.unlink(missing_ok=True)
+
+    # --- blobs -------------------------------------------------------------------------------------------
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep `data`; returns its SHA-256, which is its name. Durable on return. Twice is once."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._blob(digest)
+        if not (path.exists() and path.stat().st_size == len(data)):
+            self._write(path, data)
+        return digest
+
+    def has_blobs(self, digests: Collection[str]) -> set[str]:
+        """Those of `digests` that are kept."""
+        return {digest for digest in digests if self._blob(digest).exists()}
+
+    def get_blob(self, digest: str) -> bytes:
+        """The blob of this name. Raises FileNotFoundError, or OSError where the disk changed its content."""
+        path = self._blob(digest)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            # Out of the way, so that the next upload of the same content mends it.
+            path.unlink(missing_ok=True)
+            raise OSError(errno.EIO, "the blob was damaged on disk and is removed: submit again", str(path))
+        return data
+
+    # --- results -----------------------------------------------------------------------------------------
+
+    def put_result(self, job_id: str, attempt: int, data: bytes) -> None:
+        """Keep what an attempt returned. Durable on return. Twice is once."""
+        self._write(self._result(job_id) / str(_number(attempt, "attempt")), data)
+
+    def get_result(self, job_id: str) -> bytes | None:
+        """The result of the last attempt that has one, or None."""
+        directory = self._result(job_id)
+        attempts = [int(each.name) for each in directory.iterdir()] if directory.exists() else []
+        return (directory / str(max(attempts))).read_bytes() if attempts else None
+
+    # --- logs --------------------------------------------------------------------------------------------
+
+    def append_log(self, job_id: str, attempt: int, rank: int, stream: str, offset: int, data: bytes) -> int:
+        """Add `data`, which begins at byte `offset` of what the rank printed; returns where the next one begins.
+
+        What is there already is not added again, so a batch may be sent as often as its sender likes. A gap is
+        marked by a line of its own and stays one: bytes that come later for it are dropped. Beyond the limit
+        nothing is kept, only counted. A closed log takes nothing more.
+        """
+        path = self._log(job_id, attempt, rank, stream)
+        _number(offset, "offset", most=_OFFSET_MOST)
+        with self._locked(path):
+            position = _read_position(path)
+            if position.closed:
+                return max(offset + len(data), position.stream)
+            size = _size(path)
+            if size < position.at:
+                # The machine crashed: the end of the file is gone, what we knew about it is not.
+                size = self._write_gap(path, position, "output was lost here in a crash", position.stream)
+            expected, end = position.stream + size - position.at, offset + len(data)
+            if end <= expected:
+                return expected
+            if offset > expected and size < self._max_log_bytes:
+                lost = f"{offset - expected} bytes of output were lost here"
+                size = self._write_gap(path, position, lost, offset)
+                expected = offset
+            new = data[max(0, expected - offset) :]
+            kept = new[: max(0, self._max_log_bytes - size)]
+            _append(path, kept)
+            dropped = end - expected - len(kept)
+            if dropped:
+                position.dropped += dropped
+                position.at, position.stream = size + len(kept), end
+                self._write_position(path, position)
+            return end
+
+    def close_log(self, job_id: str, attempt: int, rank: int, stream: str) -> None:
+        """Say that the rank prints no more. If anything was dropped, the last line says how much. Twice is once."""
+        path = self._log(job_id, attempt, rank, stream)
+        with self._locked(path):
+            position = _read_position(path)
+            if position.closed:
+                return
+            size = _size(path)
+            position.at, position.stream = size, position.stream + size - position.at
+            position.closed = True
+            limit = f"a log keeps {self._max_log_bytes} bytes (RM_MAX_LOG_BYTES)"
+            words = f"{position.dropped} bytes more were printed and not kept: {limit}"
+            _append(path, _note(path, words) if position.dropped else b"")
+            # After the last line: who reads `closed` has everything.
+            self._write_position(path, position)
+
+    def read_log(
+        self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int
+    ) -> LogChunk:
+        """Up to `max_bytes` of the log as kept, from byte `offset` on. A log that is not there yet is empty."""
+        path = self._log(job_id, attempt, rank, stream)
+        _number(offset, "offset", most=_OFFSET_MOST)
+        _number(max_bytes, "max_bytes", most=_OFFSET_MOST)
+        # Before the bytes: closed then surely means that they are all there.
+        closed = _read_position(path).closed
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(min(max_bytes, _READ_MOST))
+        except FileNotFoundError:
+            return LogChunk(b"", offset, closed=False)
+        return LogChunk(data, offset + len(data), closed)
+
+    def logs(self, job_id: str) -> list[LogFile]:
+        """Every log of the job, by attempt, rank and stream."""
+        directory = self._root / "logs" / _job_id(job_id)
+        found = []
+        for path in directory.glob("*/*"):
+            match = _LOG.fullmatch(path.name)
+            if match is not None:
+                closed = _read_position(path).closed
+                size = path.stat().st_size
+                found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, closed))
+        return sorted(found, key=lambda each: (each.attempt, each.rank, each.stream))
+
+    def _write_gap(self, path: Path, position: _Position, words: str, stream: int) -> int:
+        """Mark that something is missing before byte `stream` of the stream; returns the file's new size."""
+        note = _note(path, words)
+        position.at, position.stream = _size(path) + len(note), stream
+        # Before the line itself: a crash in between leaves a short file, which the next batch sees and mends.
+        self._write_position(path, position)
+        _append(path, note)
+        return position.at
+
+    # --- files -------------------------------------------------------------------------------------------
+
+    def _blob(self, digest: str) -> Path:
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise InvalidSpec(f"sha256: {digest!r} is no SHA-256 in 64 hex digits", field="sha256")
+        return self._root / "blobs" / digest[:2] / digest
+
+    def _result(self, job_id: str) -> Path:
+        return self._root / "results" / _job_id(job_id)
+
+    def _log(self, job_id: str, attempt: int, rank: int, stream: str) -> Path:
+        if not isinstance(stream, str) or not _STREAM.fullmatch(stream):
+            raise InvalidSpec(f"stream: {stream!r} is no stream's name", field="stream")
+        directory = self._root / "logs" / _job_id(job_id) / str(_number(attempt, "attempt"))
+        return directory / f"{_number(rank, 'rank')}.{stream}"
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        with self._locks[hash(path) % _LOCKS]:
+            yield
+
+    def _write_position(self, path: Path, position: _Position) -> None:
+        draft = self._drafts / secrets.token_hex(8)
+        _create(draft, json.dumps(asdict(position)).encode())
+        draft.replace(_position_path(path))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """`data` at `path`, whole and durable, or an OSError and nothing."""
+        _directory(path.parent)
+        draft = self._drafts / secrets.token_hex(8)
+        try:
+            _create(draft, data, durable=True)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        with _opened(path.parent, os.O_RDONLY) as handle:
+            os.fsync(handle)
+
+
+def _job_id(job_id: str) -> str:
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        raise InvalidSpec(f"job_id: {job_id!r} is no job's id", field="job_id")
+    return job_id
+
+
+def _number(value: int, field: str, most: int = _NUMBER_MOST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise InvalidSpec(f"{field}: must be a whole number from 0 to {most}, not {value!r}", field=field)
+    return value
+
+
+def _position_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_position(path: Path) -> _Position:
+    try:
+        return _Position(**json.loads(_position_path(path).read_bytes()))
+    except FileNotFoundError:
+        return _Position()
+    except (ValueError, TypeError):
+        return _Position()  # cut off by a crash of the machine: the file's size is the best we know
+
+
+def _note(path: Path, words: str) -> bytes:
+    """A line of our own in a log, on a line of its own."""
+    start = b""
+    if _size(path):
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            start = b"" if file.read() == b"\n" else b"\n"
+    return start + f"[rm: {words}]\n".encode()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _append(path: Path, data: bytes) -> None:
+    _directory(path.parent)
+    with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as handle:
+        _write_all(handle, data)
+
+
+def _create(path: Path, data: bytes, *, durable: bool = False) -> None:
+    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle:
+        _write_all(handle, data)
+        if durable:
+            os.fsync(handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left) :]
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags, 0o600)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _directory(path: Path) -> Path:
+    """The directory, made for the owner alone where it is missing."""
+    if not path.is_dir():
+        for each in reversed((path, *path.parents)):
+            if not each.exists():
+                each.mkdir(mode=0o700, exist_ok=True)
+    return path

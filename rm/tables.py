@@ -1,0 +1,255 @@
+"""How jobs, nodes and events look on a terminal: Rich tables of the views, for `rmctl` and the demo.
+
+Names, commands and messages are written by anybody, so nothing of them may reach the terminal as an instruction:
+`plain` shows control characters as escapes, and every console here takes text literally, without markup. On a
+terminal tables fit its width; anywhere else they are as wide as their content, so that nothing is cut off.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rm.views import EventView, JobView, NodeView
+
+PIPED_WIDTH = 100_000
+"""Columns of a console that is no terminal: more than any table has."""
+LONGEST_CELL = 2_000
+"""Of a text that users wrote, so many characters are shown in a table."""
+BAR_CELLS = 16
+STYLES = {
+    "QUEUED": "yellow",
+    "RESERVING": "cyan",
+    "RUNNING": "bold blue",
+    "STOPPING": "magenta",
+    "SUCCEEDED": "green",
+    "FAILED": "bold red",
+    "TIMED_OUT": "bold red",
+    "CANCELLED": "dim",
+}
+
+
+def console(file: IO[str] | None = None) -> Console:
+    """A console that shows text as it is: no markup, no emoji codes, no guessed colours."""
+    file = file or sys.stdout
+    width = None if file.isatty() else PIPED_WIDTH
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+
+
+def plain(text: object, most: int = LONGEST_CELL) -> str:
+    """`text` on one line, with all that a terminal could take as an instruction written out as an escape."""
+    shown = "".join(each if each.isprintable() else _escaped(each) for each in str(text)[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+# --- amounts -----------------------------------------------------------------------------------------------
+
+
+def span(seconds: float) -> str:
+    """A duration as people say it: "0.3 s", "4 min 05 s", "2 h 10 min", "3 d 4 h"."""
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def moment(at: float | None) -> str:
+    """A point in time, local: "2026-03-01 14:05:09"; "–" where there is none."""
+    return "–" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def gpus(view: JobView) -> str:
+    """ "2", "0.5", "8 (2 × 4)", "1 A100/H100"."""
+    kind = f" {'/'.join(view.gpu_types)}" if view.gpu_types else ""
+    shape = f" ({view.bundles} × {view.gpus_per_bundle:g})" if view.bundles > 1 else ""
+    return plain(f"{view.gpus:g}{kind}{shape}")
+
+
+def times(view: JobView, now: float | None = None) -> str:
+    """How long it has waited, or runs, or ran."""
+    end = view.ended_at or now or time.time()
+    if view.started_at is None:
+        return f"{'waited' if view.ended_at else 'waits'} {span(end - view.submitted_at)}"
+    return f"{'ran' if view.ended_at else 'runs'} {span(end - view.started_at)}"
+
+
+def progress(view: JobView) -> str:
+    """What the job reported last: "60/100 loss 0.2"; "" where it said nothing."""
+    metrics = dict((view.progress or {}).get("metrics") or {})
+    step, total = metrics.pop("step", None), metrics.pop("total", None)
+    words = [f"{step}/{total}" if total is not None else f"step {step}"] if step is not None else []
+    words += [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in metrics.items()
+    ]
+    return " ".join(words)
+
+
+def share_done(view: JobView) -> float | None:
+    """From 0 to 1, out of the reported `step` and `total`; None where the job did not report them."""
+    metrics = (view.progress or {}).get("metrics") or {}
+    step, total = metrics.get("step"), metrics.get("total")
+    if isinstance(step, int | float) and isinstance(total, int | float) and total > 0:
+        return max(0.0, min(1.0, step / total))
+    return None
+
+
+def reason(why: dict[str, Any] | None) -> str:
+    """A reason's code and sentence."""
+    return f"{why['code']}: {why['message']}" if why else ""
+
+
+def status(word: str) -> Text:
+    return Text(word, style=STYLES.get(word, ""))
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def jobs_table(views: Iterable[JobView], now: float | None = None) -> Table:
+    """One row per job; the last column says why it waits, how far it is, or how it ended."""
+    table = _table("ID", "NAME", "OWNER", "STATUS", "GPUS", "TIME", "NOTE", numbers={"GPUS"})
+    for view in views:
+        table.add_row(
+            view.id,
+            plain(view.name, 60),
+            plain(view.owner, 30),
+            status(view.status),
+            gpus(view),
+            times(view, now),
+            plain(_note(view)),
+        )
+    return table
+
+
+def _note(view: JobView) -> str:
+    if view.ended_at is not None or view.status == "STOPPING":
+        outcome = view.outcome or {}
+        return "" if view.status == "SUCCEEDED" else str(outcome.get("message") or "")
+    if view.status == "QUEUED":
+        return reason(view.reason)
+    where = f"on {', '.join(view.nodes)}" if view.nodes else ""
+    return ", ".join(filter(None, [progress(view), where]))
+
+
+def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
+    """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them."""
+    numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
+    names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
+    table = _table(*names, numbers=numbers)
+    for view in views:
+        table.add_row(
+            plain(view.name, 60),
+            plain(view.gpu_type or "–", 30),
+            f"{view.gpus:g}",
+            gpu_bar(view, ascii_only),
+            f"{view.charged_gpus:g}",
+            f"{view.foreign_gpus:g}",
+            f"{view.free_gpus:g}",
+            f"{view.cpus:g}",
+            f"{view.memory_bytes / 2**30:.1f} GiB",
+            plain(", ".join(view.jobs)) or "–",
+        )
+    return table
+
+
+def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
+    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free."""
+    cells = min(view.gpus, BAR_CELLS)
+    ours = round(view.charged_gpus / view.gpus * cells) if view.gpus else 0
+    others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
+    full, foreign, free = "#x." if ascii_only else "█▒░"
+    return Text.assemble(
+        (full * ours, "blue"), (foreign * others, "magenta"), (free * (cells - ours - others), "green")
+    )
+
+
+def events_table(views: Iterable[EventView], began: float | None = None) -> Table:
+    """A timeline. Each row shows the GPUs of the whole cluster right before and after the event."""
+    names = ("TIME", "AFTER", "EVENT", "JOB", "FREE", "CHARGED", "WHAT")
+    table = _table(*names, numbers={"AFTER"})
+    for view in views:
+        began = view.at if began is None else began
+        at = datetime.fromtimestamp(view.at).astimezone()
+        table.add_row(
+            f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}",
+            f"{view.at - began:.3f} s",
+            view.kind,
+            plain(view.job_id or "–") + (f".{view.attempt}" if view.attempt else ""),
+            change(view.free_before, view.free_after),
+            change(view.charged_before, view.charged_after),
+            plain(sentence(view)),
+        )
+    return table
+
+
+def change(before: float, after: float) -> str:
+    return f"{before:g} → {after:g}" if before != after else f"{after:g}"
+
+
+def sentence(view: EventView) -> str:
+    """An event in a few words, from its body."""
+    body = view.body
+    match view.kind:
+        case "JobSubmitted":
+            gang = body.get("gang") or {}
+            units = (gang.get("bundle") or {}).get("gpu_units", 0)
+            return f"{body.get('name')} by {body.get('owner')}: {gang.get('count')} × {units / 10_000:g} GPU"
+        case "AvailabilityChecked":
+            return reason(body.get("reason")) or "fits"
+        case "JobAdmitted":
+            placed = body.get("placed") or ()
+            return f"{len(placed)} bundle{'s' * (len(placed) != 1)} on {len({p['node_id'] for p in placed})} node(s)"
+        case "RunStarted":
+            ids = [",".join(each) for each in body.get("gpu_ids") or ()]
+            hosts = body.get("hosts") or ()
+            return f"on {', '.join(hosts)}" + (f" GPU {'; '.join(ids)}" if any(ids) else "")
+        case "RunExited":
+            outcome = body.get("outcome") or {}
+            return f"{outcome.get('status')} {outcome.get('message') or ''}".strip()
+        case "StopRequested":
+            return f"{body.get('cause')}" + (f" by {body['by']}" if body.get("by") else "")
+        case "NodeJoined":
+            return f"{body.get('name')} with {body.get('gpu_slots')} GPUs"
+        case _:
+            return str(body.get("why") or body.get("node_id") or "")
+
+
+def facts_table(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Name and value, one pair a line; pairs without a value are left out."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _table(*names: str, numbers: set[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name in names:
+        last = name == names[-1]
+        table.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            no_wrap=not last,
+            overflow="fold" if last else "ellipsis",
+        )
+    return table

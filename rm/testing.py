@@ -1,0 +1,220 @@
+"""A fake runtime: the same effects, no Ray, no waiting. Shipped so that others can test against the core too.
+
+`FakeCluster` is a whole resource manager in one thread on a virtual clock: the real state and the real cycle,
+with a world that answers each effect with the event that Ray would have caused. It keeps its own books of what
+is held on each node, independent of the state's, and `check` compares the two.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from rm.core.cycle import schedule
+from rm.core.effects import Effect, Release, Reserve, Run, Stop
+from rm.core.events import (
+    Event,
+    JobAdmitted,
+    JobSubmitted,
+    NodeJoined,
+    NodeLost,
+    PlacementReady,
+    PlacementReleased,
+    ReserveFailed,
+    RunExited,
+    RunLost,
+    RunStarted,
+    StopRequested,
+)
+from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy
+from rm.core.resources import GPU_UNIT, Bundle, gpu_units
+from rm.core.state import ClusterState
+from rm.errors import InternalError
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What the fake world does with a job's attempts, by attempt number (the last entry repeats).
+
+    Entries: "ok", "fail", "lost" (the runner dies halfway), "unready" (the group can't be made).
+    """
+
+    duration_s: float = 10.0
+    attempts: tuple[str, ...] = ("ok",)
+
+    def of(self, attempt: int) -> str:
+        return self.attempts[min(attempt, len(self.attempts)) - 1]
+
+
+@dataclass(slots=True)
+class FakeCluster:
+    """State, cycle and world in one. `now` is virtual: it moves only when an event is due."""
+
+    reserve_s: float = 0.01
+    start_s: float = 0.5
+    release_s: float = 0.1
+    now: float = 0.0
+    state: ClusterState = field(default_factory=ClusterState)
+    behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    ended: dict[str, Job] = field(default_factory=dict)
+    history: list[Event] = field(default_factory=list)
+    held: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    """The world's own books: (job id, attempt) → GPU units by node, as long as the group exists."""
+    _due: list[tuple[float, int, Event]] = field(default_factory=list)
+    _count: int = 0
+    _jobs: int = 0
+    _running: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    # --- the world's inhabitants ---------------------------------------------------------------------------
+
+    def add_node(self, node_id: str, gpus: int, **labels: str) -> None:
+        marks = tuple(sorted(labels.items()))
+        self.happen(NodeJoined(self.now, node_id, node_id, gpus, 64_000, 2**38, marks))
+
+    def lose_node(self, node_id: str) -> None:
+        """The node dies: its bundles are gone at once, and every attempt that had one there is lost."""
+        for (job_id, attempt), nodes in list(self.held.items()):
+            if node_id in nodes and self._running.pop((job_id, attempt), None):
+                self._later(0.0, RunLost(self.now, job_id, attempt, f"node {node_id} died"))
+        self.happen(NodeLost(self.now, node_id))
+
+    def submit(
+        self,
+        num_gpus: float = 1,
+        *,
+        count: int = 1,
+        behaviour: Behaviour | None = None,
+        strategy: Strategy = Strategy.PACK,
+        **fields: object,
+    ) -> str:
+        seq = self._jobs = self._jobs + 1
+        job_id = f"j{seq}"
+        self.behaviours[job_id] = behaviour or Behaviour()
+        gang = Gang(Bundle(gpu_units(num_gpus)), count, strategy)
+        job = Job(job_id, seq, job_id, "someone", Kind.COMMAND, gang, self.now, **fields)  # type: ignore[arg-type]
+        self.happen(JobSubmitted(self.now, job))
+        return job_id
+
+    def cancel(self, job_id: str) -> None:
+        self.happen(StopRequested(self.now, job_id, StopCause.CANCELLED, "someone"))
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def happen(self, *events: Event) -> None:
+        """Apply events, then one cycle, then answer the effects: what the writer does, without a ledger."""
+        effects: list[Effect] = []
+        for event in events:
+            effects += self._apply(event)
+        for decision in schedule(self.state, self.now).events:
+            effects += self._apply(decision)
+        self._answer(effects)
+        self.check()
+
+    def step(self) -> bool:
+        """Move to the next thing that is due. False where nothing ever will be."""
+        alarm = self.state.next_due(self.now)
+        if self._due and (alarm is None or self._due[0][0] <= alarm):
+            at, _, event = heapq.heappop(self._due)
+            self.now = max(self.now, at)
+            self.happen(event)
+            return True
+        if alarm is not None:
+            self.now = alarm
+            self.happen(*self.state.due(alarm))
+            return True
+        return False
+
+    def run(self, until: Callable[[], bool] = lambda: False, most: int = 100_000) -> None:
+        """Step until nothing is due or `until` says stop. Raises InternalError when it never ends."""
+        for _ in range(most):
+            if until() or not self.step():
+                return
+        raise InternalError(f"still busy after {most} steps")
+
+    # --- the world -------------------------------------------------------------------------------------------
+
+    def _apply(self, event: Event) -> list[Effect]:
+        self.history.append(event)
+        if isinstance(event, JobAdmitted):
+            self._must_be_free(event)
+        effects = self.state.apply(event)
+        for job in self.state.take_changes():
+            if job.status.terminal:
+                if job.id in self.ended:
+                    raise InternalError(f"{job.id} ended twice")
+                self.ended[job.id] = job
+        return effects
+
+    def _must_be_free(self, event: JobAdmitted) -> None:
+        gang = self.state.jobs[event.job_id].gang
+        for node_id in {placed.node_id for placed in event.placed}:
+            there = sum(nodes.get(node_id, 0) for nodes in self.held.values())
+            wanted = sum(gang.bundle.gpu_units for placed in event.placed if placed.node_id == node_id)
+            capacity = self.state.nodes[node_id].gpu_slots * GPU_UNIT
+            if there + wanted > capacity:
+                raise InternalError(f"{event.job_id} was given GPUs of {node_id} that are held")
+
+    def _answer(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            key = effect.job_id, effect.attempt
+            behaviour = self.behaviours[effect.job_id]
+            fate = behaviour.of(effect.attempt)
+            match effect:
+                case Reserve():
+                    self._reserve(effect, fate)
+                case Run():
+                    self._running[key] = fate
+                    self._later(self.start_s, RunStarted(0, *key))
+                    end = self.start_s + behaviour.duration_s
+                    self._later(end, self._end_of(key, fate))
+                case Stop():
+                    if self._running.pop(key, ""):
+                        stopped = Outcome(Status.FAILED, "stopped", signal=15)
+                        self._later(min(effect.grace_s, 1.0), RunExited(0, *key, stopped))
+                case Release():
+                    self._running.pop(key, None)
+                    self._later(self.release_s, PlacementReleased(0, *key))
+
+    def _reserve(self, effect: Reserve, fate: str) -> None:
+        key = effect.job_id, effect.attempt
+        if fate == "unready" or any(each.node_id not in self.state.nodes for each in effect.placed):
+            self._later(self.reserve_s, ReserveFailed(0, *key, "somebody else was quicker"))
+            return
+        nodes: dict[str, int] = {}
+        for each in effect.placed:
+            nodes[each.node_id] = nodes.get(each.node_id, 0) + effect.gang.bundle.gpu_units
+        self.held[key] = nodes
+        self._later(self.reserve_s, PlacementReady(0, *key))
+
+    @staticmethod
+    def _end_of(key: tuple[str, int], fate: str) -> Event:
+        if fate == "lost":
+            return RunLost(0, *key, "the runner died")
+        if fate == "fail":
+            return RunExited(0, *key, Outcome(Status.FAILED, "exited with code 1", rank=0, exit_code=1))
+        return RunExited(0, *key, Outcome(Status.SUCCEEDED))
+
+    def _later(self, delay_s: float, event: Event) -> None:
+        self._count += 1
+        at = self.now + delay_s
+        if isinstance(event, PlacementReleased):
+            self.held.pop((event.job_id, event.attempt), None)
+        stamped = type(event)(at, *(getattr(event, name) for name in event.__slots__ if name != "at"))
+        heapq.heappush(self._due, (at, self._count, stamped))
+
+    # --- the books -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """The state's own invariants, and that it charges at least what the world holds, node by node."""
+        self.state.check()
+        charged: dict[str, int] = {}
+        for job in self.state.jobs.values():
+            for placed in job.attempt.placed if job.attempt else ():
+                charged[placed.node_id] = charged.get(placed.node_id, 0) + job.gang.bundle.gpu_units
+        for nodes in self.held.values():
+            for node_id, units in nodes.items():
+                charged[node_id] = charged.get(node_id, 0) - units
+        short = {node_id: units for node_id, units in charged.items() if units < 0}
+        if short:
+            raise InternalError(f"held in the world and not charged: {short}")

@@ -1,0 +1,94 @@
+"""200 random jobs on 24 GPUs: the ledger's charges against Ray's own table, at every moment and at the end."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from conftest import groups, wait_until
+from rm.job import TERMINAL
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+JOBS = 200
+TOTAL_GPUS = 24
+
+
+class Auditor(threading.Thread):
+    """Compares, as fast as it can, what the allocator charges with what our groups hold in Ray's table.
+
+    One sample is charges, Ray's table, charges. An attempt that Ray shows must be charged in one of the two
+    readings around it; where both readings are equal and nothing is in transition, the table must be equal too.
+    """
+
+    def __init__(self, client) -> None:
+        super().__init__(daemon=True)
+        self.client = client
+        self.stop = threading.Event()
+        self.samples = self.calm = self.most = 0
+        self.violations: list[str] = []
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            before = self.charged()
+            held = {name.rsplit("/", 1)[1] for name in groups()}
+            after = self.charged()
+            self.samples += 1
+            self.most = max(self.most, *(sum(gpus for _, gpus in each.values()) for each in (before, after)))
+            if uncharged := held - before.keys() - after.keys():
+                self.violations.append(f"held in Ray and not charged: {uncharged}")
+            if self.most > TOTAL_GPUS:
+                self.violations.append(f"charged more than there is: {self.most}")
+            if before == after and all(status == "RUNNING" for status, _ in before.values()):
+                self.calm += 1
+                if held != before.keys():
+                    self.violations.append(f"nothing in transition, yet {held} is not {before.keys()}")
+            time.sleep(0.02)
+
+    def charged(self) -> dict[str, tuple[str, float]]:
+        views = [job.last for job in self.client.jobs(limit=1000)]
+        return {f"{v.id}.{v.attempts}": (v.status, v.gpus) for v in views if v.status != "QUEUED"}
+
+
+def test_two_hundred_random_jobs(client) -> None:
+    rng = random.Random(7)
+    auditor = Auditor(client)
+    auditor.start()
+    entries, fates = [], []
+    for _ in range(JOBS):
+        fate = rng.choices(["ok", "fail", "cancel"], [7, 2, 1])[0]
+        seconds = "1000" if fate == "cancel" else f"{rng.uniform(0, 0.4):.2f}"
+        entries.append({"entry": f"sleep {seconds}; exit {3 if fate == 'fail' else 0}", "num_gpus": rng.randint(1, 8)})
+        fates.append(fate)
+    jobs = client.submit_many(entries[:100], grace=1) + client.submit_many(entries[100:], grace=1)
+    waiting = {job.id for job, fate in zip(jobs, fates, strict=True) if fate == "cancel"}
+    late = {job_id for job_id in waiting if rng.random() < 0.7}
+    for job_id in waiting - late:
+        client.job(job_id).cancel()
+    deadline = time.monotonic() + 360
+    while live := [job.last for job in client.jobs(limit=1000)]:
+        for view in live:
+            if view.id in late and view.status == "RUNNING":
+                client.job(view.id).cancel()
+                late.discard(view.id)
+        assert time.monotonic() < deadline, f"{len(live)} jobs still live"
+        time.sleep(0.1)
+    auditor.stop.set()
+    auditor.join(30)
+    expected = {"ok": "SUCCEEDED", "fail": "FAILED", "cancel": "CANCELLED"}
+    ended = [job.view() for job in jobs]
+    wrong = [(v.id, v.status, fate) for v, fate in zip(ended, fates, strict=True) if v.status != expected[fate]]
+    assert not wrong
+    assert all(view.status in TERMINAL and view.attempts <= 1 for view in ended), "nobody ran twice"
+    assert auditor.violations == []
+    assert auditor.samples > 100
+    assert auditor.most > TOTAL_GPUS / 2, "the cluster was used"
+    wait_until(lambda: not groups(), 5, "no group is left in Ray's table")
+    nodes = client.nodes()
+    assert sum(node.charged_gpus for node in nodes) == 0
+    assert sum(node.free_gpus for node in nodes) == TOTAL_GPUS
+    print(f"{auditor.samples} samples, {auditor.calm} calm, {Counter(v.status for v in ended)}")

@@ -1,0 +1,280 @@
+"""The core on a fake cluster: jobs in, decisions out, no Ray and no waiting."""
+
+from __future__ import annotations
+
+import pytest
+
+from rm.core import reasons
+from rm.core.cycle import schedule, why
+from rm.core.events import (
+    ForeignUseObserved,
+    JobAdmitted,
+    JobSubmitted,
+    NodeJoined,
+    PlacementReady,
+    RunExited,
+    RunStarted,
+)
+from rm.core.model import Outcome, Status, Strategy
+from rm.core.resources import GPU_UNIT
+from rm.core.state import ClusterState
+from rm.errors import InvalidTransition
+from rm.testing import Behaviour, FakeCluster
+
+
+def cluster(*gpus: int) -> FakeCluster:
+    fake = FakeCluster()
+    for number, count in enumerate(gpus):
+        fake.add_node(f"n{number}", count)
+    return fake
+
+
+def status(fake: FakeCluster, job_id: str) -> Status:
+    return fake.ended[job_id].status if job_id in fake.ended else fake.state.jobs[job_id].status
+
+
+def test_the_main_job_one_waits_for_the_other() -> None:
+    fake = cluster(2)
+    first, second = fake.submit(2), fake.submit(2)
+    fake.run(lambda: status(fake, first) is Status.RUNNING)
+    assert status(fake, second) is Status.QUEUED
+    reason = fake.state.jobs[second].reason
+    assert reason is not None
+    assert reason.code == reasons.WAITING_FOR_CAPACITY
+    assert reason.evidence["free_gpus"] == 0
+    fake.run()
+    assert status(fake, first) is status(fake, second) is Status.SUCCEEDED
+    assert fake.state.totals().charged == 0
+    admitted = [e.job_id for e in fake.history if isinstance(e, JobAdmitted)]
+    assert admitted == [first, second]
+
+
+def test_gpus_stay_charged_until_the_release_is_seen() -> None:
+    fake = cluster(1)
+    first, second = fake.submit(1), fake.submit(1)
+    fake.run(lambda: status(fake, first) is Status.STOPPING)
+    assert fake.state.totals().charged == GPU_UNIT
+    assert status(fake, second) is Status.QUEUED
+    fake.run()
+    assert status(fake, second) is Status.SUCCEEDED
+
+
+def test_priority_goes_first_and_order_is_otherwise_submission() -> None:
+    fake = cluster(1)
+    fake.submit(1)
+    low, normal, high = fake.submit(1, priority=-100), fake.submit(1), fake.submit(1, priority=100)
+    fake.run()
+    admitted = [e.job_id for e in fake.history if isinstance(e, JobAdmitted)][1:]
+    assert admitted == [high, normal, low]
+
+
+def test_nobody_overtakes_the_first_blocked_job() -> None:
+    fake = cluster(4)
+    running = fake.submit(3)
+    big = fake.submit(4)
+    small = fake.submit(1)
+    fake.run(lambda: status(fake, running) is Status.RUNNING)
+    assert status(fake, small) is Status.QUEUED
+    reason = why(fake.state, fake.state.jobs[small], fake.now)
+    assert reason.code == reasons.PRIORITY
+    assert reason.evidence["behind"] == big
+    fake.run()
+    assert set(fake.ended) == {running, big, small}
+
+
+def test_an_infeasible_job_blocks_nobody_and_starts_when_a_node_joins() -> None:
+    fake = cluster(2)
+    big, small = fake.submit(4), fake.submit(1)
+    fake.run()
+    assert status(fake, small) is Status.SUCCEEDED
+    assert why(fake.state, fake.state.jobs[big], fake.now).code == reasons.INFEASIBLE
+    fake.add_node("n9", 4)
+    fake.run()
+    assert status(fake, big) is Status.SUCCEEDED
+
+
+def test_enough_gpus_in_the_wrong_shape_is_fragmented() -> None:
+    fake = cluster(4, 4)
+    fake.submit(3)
+    fake.submit(2)
+    blocked = fake.submit(3)
+    fake.run(lambda: status(fake, "j2") is Status.RUNNING)
+    reason = why(fake.state, fake.state.jobs[blocked], fake.now)
+    assert reason.code == reasons.FRAGMENTED
+    assert reason.evidence["free_on_one_node"] == 2
+
+
+def test_best_fit_keeps_whole_nodes_whole() -> None:
+    fake = cluster(8, 8)
+    fake.submit(3)
+    fake.submit(5)
+    fake.submit(8)
+    fake.run(lambda: all(job.status is Status.RUNNING for job in fake.state.jobs.values()))
+    assert len(fake.state.jobs) == 3
+
+
+def test_a_gang_is_whole_or_absent() -> None:
+    fake = cluster(4, 4, 4)
+    gang = fake.submit(4, count=3)
+    fake.run(lambda: status(fake, gang) is Status.RUNNING)
+    attempt = fake.state.jobs[gang].attempt
+    assert attempt is not None
+    assert sorted(p.node_id for p in attempt.placed) == ["n0", "n1", "n2"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "gpus", "nodes"),
+    [
+        (Strategy.PACK, 2, (4, 4), 1),
+        (Strategy.SPREAD, 2, (4, 4), 2),
+        (Strategy.STRICT_SPREAD, 2, (4, 4), 2),
+        (Strategy.STRICT_PACK, 2, (4, 4), 1),
+        (Strategy.PACK, 3, (4, 2), 2),
+        (Strategy.SPREAD, 3, (4, 2), 2),
+    ],
+)
+def test_strategies(strategy: Strategy, count: int, gpus: tuple[int, ...], nodes: int) -> None:
+    fake = cluster(*gpus)
+    job = fake.submit(2, count=count, strategy=strategy)
+    fake.run(lambda: status(fake, job) is Status.RUNNING)
+    attempt = fake.state.jobs[job].attempt
+    assert attempt is not None
+    assert len({p.node_id for p in attempt.placed}) == nodes
+
+
+@pytest.mark.parametrize(("strategy", "count"), [(Strategy.STRICT_SPREAD, 3), (Strategy.STRICT_PACK, 3)])
+def test_strict_strategies_that_cannot_be_met_do_not_start(strategy: Strategy, count: int) -> None:
+    fake = cluster(4, 4)
+    job = fake.submit(2, count=count, strategy=strategy)
+    fake.run()
+    assert why(fake.state, fake.state.jobs[job], fake.now).code == reasons.INFEASIBLE
+
+
+def test_two_halves_on_two_devices_are_not_a_whole() -> None:
+    fake = cluster(2)
+    for _ in range(3):
+        fake.submit(0.5, behaviour=Behaviour(100))
+    fake.run(lambda: fake.now > 50)
+    assert fake.state.nodes["n0"].devices.free == (0, 5_000)
+    whole = fake.submit(1)
+    assert status(fake, whole) is Status.QUEUED
+    half = fake.submit(0.5, priority=1)
+    assert status(fake, half) is Status.RESERVING
+
+
+def test_foreign_use_is_respected() -> None:
+    fake = cluster(4)
+    fake.happen(ForeignUseObserved(0, "n0", 3 * GPU_UNIT, 0, 0))
+    job = fake.submit(2)
+    assert status(fake, job) is Status.QUEUED
+    fake.happen(ForeignUseObserved(1, "n0", 0, 0, 0))
+    assert status(fake, job) is Status.RESERVING
+
+
+def test_user_failures_use_retries_and_infrastructure_uses_its_own() -> None:
+    fake = cluster(1)
+    failing = fake.submit(
+        1, behaviour=Behaviour(1, ("fail", "lost", "fail")), max_retries=1, max_infra_retries=1
+    )
+    fake.run()
+    ended = fake.ended[failing]
+    assert ended.status is Status.FAILED
+    assert (ended.attempts, ended.failures, ended.infra_failures) == (3, 1, 1)
+    assert ended.outcome is not None
+    assert ended.outcome.exit_code == 1
+
+
+def test_a_failed_reservation_costs_no_retry() -> None:
+    fake = cluster(1)
+    job = fake.submit(1, behaviour=Behaviour(1, ("unready",) * 6 + ("ok",)), max_infra_retries=0)
+    fake.run()
+    assert fake.ended[job].status is Status.SUCCEEDED
+    assert fake.ended[job].attempts == 7
+
+
+def test_a_lost_node_requeues_its_gang_elsewhere() -> None:
+    fake = cluster(2, 2, 2)
+    gang = fake.submit(2, count=2, behaviour=Behaviour(10))
+    fake.run(lambda: status(fake, gang) is Status.RUNNING)
+    attempt = fake.state.jobs[gang].attempt
+    assert attempt is not None
+    fake.lose_node(attempt.placed[0].node_id)
+    fake.run()
+    assert fake.ended[gang].status is Status.SUCCEEDED
+    assert fake.ended[gang].infra_failures == 1
+
+
+def test_time_limit_ends_a_job() -> None:
+    fake = cluster(1)
+    job = fake.submit(1, behaviour=Behaviour(1000), time_limit_s=5.0)
+    fake.run(lambda: job in fake.ended)
+    assert fake.ended[job].status is Status.TIMED_OUT
+    assert fake.now < 20
+
+
+@pytest.mark.parametrize("moment", [Status.QUEUED, Status.RESERVING, Status.RUNNING, Status.STOPPING])
+def test_cancel_at_every_moment(moment: Status) -> None:
+    fake = cluster(1)
+    if moment is Status.QUEUED:
+        fake.submit(1)
+    job = fake.submit(1)
+    fake.run(lambda: status(fake, job) is moment)
+    fake.cancel(job)
+    fake.cancel(job)
+    fake.run()
+    expected = Status.CANCELLED if moment is not Status.STOPPING else (Status.CANCELLED, Status.SUCCEEDED)
+    assert fake.ended[job].status in (expected if isinstance(expected, tuple) else (expected,))
+    assert fake.state.totals().charged == 0
+    assert not fake.held
+
+
+def test_a_second_cycle_at_the_same_moment_plans_nothing() -> None:
+    fake = cluster(2)
+    fake.submit(2)
+    fake.submit(2)
+    fake.submit(8)
+    assert schedule(fake.state, fake.now).events == ()
+
+
+def test_news_of_an_old_attempt_is_dropped_and_impossible_news_is_refused() -> None:
+    fake = cluster(1)
+    job = fake.submit(1, behaviour=Behaviour(10, ("lost", "ok")))
+    fake.run(lambda: job in fake.state.jobs and fake.state.jobs[job].attempts == 2)
+    before = fake.state.version
+    assert fake.state.apply(RunExited(fake.now, job, 1, Outcome(Status.SUCCEEDED))) == []
+    assert fake.state.version == before
+    with pytest.raises(InvalidTransition) as caught:
+        fake.state.apply(RunStarted(fake.now, job, 2))
+    assert caught.value.context["job"] == job
+    assert caught.value.context["story"]
+
+
+def test_a_restart_from_the_records_gives_the_same_state_and_resumes() -> None:
+    fake = cluster(2, 2)
+    fake.submit(2, behaviour=Behaviour(100))
+    fake.submit(1, behaviour=Behaviour(100))
+    fake.submit(4)
+    fake.run(lambda: status(fake, "j2") is Status.RUNNING)
+    again = ClusterState()
+    effects = again.restore(list(fake.state.jobs.values()))
+    for node in fake.state.nodes.values():
+        again.apply(
+            NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels)
+        )
+    again.check()
+    assert again.nodes == fake.state.nodes
+    assert again.queue == fake.state.queue
+    assert again.jobs == fake.state.jobs
+    assert {(type(e).__name__, e.job_id) for e in effects} == {("Run", "j1"), ("Run", "j2")}
+
+
+def test_being_told_twice_changes_nothing() -> None:
+    fake = cluster(1)
+    job = fake.submit(1)
+    fake.run(lambda: status(fake, job) is Status.RUNNING)
+    version = fake.state.version
+    assert fake.state.apply(PlacementReady(fake.now, job, 1)) == []
+    assert fake.state.apply(RunStarted(fake.now, job, 1)) == []
+    assert fake.state.version == version
+    with pytest.raises(InvalidTransition):
+        fake.state.apply(JobSubmitted(fake.now, fake.state.jobs[job]))

@@ -1,0 +1,118 @@
+"""Things that really die, by their own pid: the allocator, a runner, the store, a node."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import user_processes, wait_until
+
+pytestmark = pytest.mark.ray
+
+
+def actor_pids() -> dict[str, int]:
+    """Live actors by name, from the GCS's own table: "store", "rm/<ledger>/<attempt>/<bundle>", … → pid."""
+    from ray._private.state import actors
+
+    return {each["Name"]: each["Pid"] for each in actors().values() if each["State"] == "ALIVE"}
+
+
+def runner_pid(client, bundle: str) -> int:
+    return actor_pids()[f"rm/{client.hello()['ledger_key']}/{bundle}"]
+
+
+def processes_of(job_id: str) -> list[int]:
+    """The job's rank processes (not what they start in turn)."""
+    return [
+        pid
+        for pid, command in user_processes().items()
+        if command.startswith("bash -c") and environ(pid).get("RM_JOB_ID") == job_id
+    ]
+
+
+def environ(pid: int) -> dict[str, str]:
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def test_the_allocator_is_killed_and_running_jobs_do_not_notice(client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    running = client.submit(f"while [ ! -e {gate} ]; do sleep 0.05; done; echo done", nodes=3, gpus_per_node=8)
+    queued = client.submit("echo second", nodes=3, gpus_per_node=8)
+    wait_until(lambda: running.status == "RUNNING", what="it runs")
+    before = processes_of(running.id)
+    for _ in range(2):
+        pid = client.hello()["pid"]
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: client.hello()["pid"] != pid, 20, "the allocator is back")
+        assert running.status == "RUNNING"
+        assert queued.status == "QUEUED"
+        assert processes_of(running.id) == before, "the very same processes go on"
+    assert sum(node.charged_gpus for node in client.nodes()) == 24
+    gate.touch()
+    assert running.wait(60).status == "SUCCEEDED"
+    assert running.logs(rank=0) == "done\n"
+    assert queued.wait(60).status == "SUCCEEDED"
+    assert running.view().attempts == queued.view().attempts == 1
+
+
+def test_the_allocator_is_killed_while_gpus_are_reserved_and_released(client) -> None:
+    jobs = client.submit_many(["true"] * 12, num_gpus=4)
+    for _ in range(3):
+        time.sleep(0.4)
+        os.kill(client.hello()["pid"], signal.SIGKILL)
+    for job in jobs:
+        view = job.wait(120)
+        assert (view.status, view.attempts) == ("SUCCEEDED", 1)
+
+
+def test_a_killed_runner_loses_its_processes_and_the_job_is_tried_again(client, tmp_path: Path) -> None:
+    script = f"echo x >> {tmp_path}/tries; (setsid sleep 1000 &); [ $(wc -l < {tmp_path}/tries) = 2 ] || sleep 1000"
+    job = client.submit(script, num_gpus=1)
+    wait_until(lambda: job.status == "RUNNING", what="it runs")
+    first = wait_until(lambda: processes_of(job.id), what="its processes")
+    os.kill(runner_pid(client, f"{job.id}.1/0"), signal.SIGKILL)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in first), 10, "its processes are gone")
+    view = job.wait(60)
+    assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
+
+
+def test_a_killed_runner_stops_its_whole_gang(client) -> None:
+    job = client.submit("sleep 1000", nodes=2, gpus_per_node=8, max_infra_retries=0, grace=1)
+    wait_until(lambda: job.status == "RUNNING", what="it runs")
+    os.kill(runner_pid(client, f"{job.id}.1/1"), signal.SIGKILL)
+    view = job.wait(60)
+    assert view.status == "FAILED"
+    assert view.outcome["infra"]
+    assert not user_processes()
+
+
+def test_the_store_is_killed_and_no_line_is_lost(client) -> None:
+    job = client.submit("for i in $(seq 200); do echo $i; sleep 0.01; done", num_gpus=1)
+    wait_until(lambda: job.logs(), what="it prints")
+    os.kill(actor_pids()["store"], signal.SIGKILL)
+    assert job.wait(60).status == "SUCCEEDED"
+    assert job.logs() == "".join(f"{i}\n" for i in range(1, 201))
+
+
+def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_cluster, client) -> None:
+    extra = ray_cluster.cluster.add_node(
+        num_cpus=1, num_gpus=2, object_store_memory=100 * 2**20, include_dashboard=False, labels={"spot": "yes"}
+    )
+    wait_until(lambda: len(client.nodes()) == 4, what="the node is seen")
+    node = next(node for node in client.nodes() if node.labels.get("spot"))
+    # Best fit puts a 2-GPU job on the 2-GPU node.
+    job = client.submit("echo $RM_ATTEMPT; [ $RM_ATTEMPT = $RM_JOB_ID.2 ] || sleep 1000", num_gpus=2)
+    wait_until(lambda: job.status == "RUNNING", what="it runs")
+    assert job.view().nodes == (node.name,)
+    ray_cluster.cluster.remove_node(extra, allow_graceful=False)
+    view = job.wait(90)
+    assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
+    assert len(client.nodes()) == 3

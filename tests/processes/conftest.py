@@ -1,0 +1,130 @@
+"""What the tests of this folder share: an attempt with its own key, and the proof that it leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rm.runtime import keeper
+from rm.runtime.processes import ATTEMPT_KEY, RankProcess, sweep
+
+REPOSITORY = Path(__file__).parents[2]
+
+DAEMON = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open(sys.argv[1] + ".new", "w").write(str(os.getpid()))
+        os.rename(sys.argv[1] + ".new", sys.argv[1])
+        time.sleep(1000)
+    os._exit(0)
+os.wait()
+"""
+"""Leaves a grandchild in a session of its own that ignores SIGTERM; its pid is then in the file argv[1]."""
+
+
+def until(condition: Callable[[], Any], deadline_s: float = 10.0) -> float:
+    """Wait until the condition holds; the seconds that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < deadline_s, f"did not come true within {deadline_s} s"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; init may reap its own zombies when it likes."""
+    process = keeper.read_process(pid)
+    return process is None or not process.alive
+
+
+class Attempt:
+    """An attempt under test: makes ranks that carry its mark, and knows which processes carry it."""
+
+    until = staticmethod(until)
+    gone = staticmethod(gone)
+
+    def __init__(self, folder: Path) -> None:
+        self.key = f"test-{uuid.uuid4().hex}.1"
+        self.folder = folder
+        self.env = {**os.environ, ATTEMPT_KEY: self.key, "PYTHONPATH": str(REPOSITORY)}
+
+    def rank(self, number: int, *argv: str, **changes: Any) -> RankProcess:
+        """A rank that runs this command, its output in the attempt's folder."""
+        out, err = (str(self.folder / f"{number}.{name}") for name in ("out", "err"))
+        fields: dict[str, Any] = {"env": self.env, "cwd": str(self.folder), "stdout": out, "stderr": err}
+        return RankProcess(number, argv, **(fields | changes))
+
+    def python(self, number: int, code: str, *args: str, **changes: Any) -> RankProcess:
+        """A rank that runs this Python code."""
+        return self.rank(number, sys.executable, "-I", "-S", "-c", code, *args, **changes)
+
+    def daemon(self, number: int, then: str = "") -> RankProcess:
+        """A rank that leaves a daemon behind (`daemon_pid`), then does what `then` says."""
+        return self.python(number, DAEMON + then, str(self.folder / "daemon"))
+
+    def daemon_pid(self) -> int:
+        """The pid of the daemon, once it is there."""
+        until((self.folder / "daemon").exists)
+        return int((self.folder / "daemon").read_text())
+
+    def out(self, number: int) -> str:
+        return (self.folder / f"{number}.out").read_text()
+
+    def alive(self) -> list[int]:
+        """Every living process that carries the mark of this attempt."""
+        mark = f"{ATTEMPT_KEY}={self.key}".encode()
+        found = []
+        for pid in keeper.all_pids():
+            try:
+                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(pid)
+            except OSError:
+                continue
+        return found
+
+    def saw(self, name: str) -> Callable[[], bool]:
+        """Whether a rank has made this file in the attempt's folder."""
+        return (self.folder / name).exists
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Iterator[Attempt]:
+    """An attempt of which nothing may be alive when the test ends."""
+    mine = Attempt(tmp_path)
+    yield mine
+    left = mine.alive()
+    sweep(mine.key)
+    assert not left
+
+
+def _open_files() -> dict[str, str]:
+    """What this process has open, but for the descriptor that lists it."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found[entry.name] = str(entry.readlink())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """No child, zombie or not, and no file descriptor is left by any test."""
+    gc.collect()
+    before = _open_files()
+    yield
+    gc.collect()
+    assert not [(child.pid, child.state) for child in keeper.descendants(os.getpid())]
+    assert not _open_files().items() - before.items()

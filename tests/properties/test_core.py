@@ -1,0 +1,117 @@
+"""Whatever happens in whatever order, the books balance. The fake cluster checks itself after every event."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rm.core.cycle import schedule
+from rm.core.model import Strategy
+from rm.core.resources import GPU_UNIT, Devices, gpu_units
+from rm.core.state import ClusterState
+from rm.testing import Behaviour, FakeCluster
+
+FATES = st.lists(st.sampled_from(["ok", "ok", "fail", "lost", "unready"]), min_size=0, max_size=3).map(
+    lambda fates: (*fates, "ok")
+)
+SIZES = st.sampled_from([0.25, 0.5, 0.3, 1, 1, 2, 3, 4, 8])
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"), SIZES, st.integers(1, 3), st.sampled_from(list(Strategy)),
+            FATES, st.sampled_from([None, 1.0, 30.0]), st.integers(-1, 1),
+        ),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.just("step"), st.integers(1, 10)),
+        st.tuples(st.just("lose"), st.integers(0, 3)),
+        st.tuples(st.just("join"), st.integers(1, 8)),
+    ),
+    min_size=1,
+    max_size=40,
+)  # fmt: skip
+
+
+def play(fake: FakeCluster, actions: list[tuple]) -> None:
+    joined = 0
+    for kind, *rest in actions:
+        if kind == "submit":
+            gpus, count, strategy, fates, limit, priority = rest
+            fake.submit(
+                gpus,
+                count=1 if gpus < 1 else count,
+                strategy=strategy,
+                behaviour=Behaviour(5.0, fates),
+                time_limit_s=limit,
+                priority=priority,
+                max_retries=1,
+                max_infra_retries=1,
+            )
+        elif kind == "cancel" and fake.state.jobs:
+            ids = sorted(fake.state.jobs)
+            fake.cancel(ids[rest[0] % len(ids)])
+        elif kind == "step":
+            for _ in range(rest[0]):
+                fake.step()
+        elif kind == "lose" and fake.state.nodes:
+            ids = sorted(fake.state.nodes)
+            fake.lose_node(ids[rest[0] % len(ids)])
+        elif kind == "join":
+            joined += 1
+            fake.add_node(f"x{joined}", rest[0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(ACTIONS)
+def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: list[tuple]) -> None:
+    fake = FakeCluster()
+    fake.add_node("n0", 4)
+    fake.add_node("n1", 8)
+    play(fake, actions)
+    assert schedule(fake.state, fake.now).events == (), "a second cycle at the same moment is empty"
+    fake.add_node("big", 8)
+    fake.add_node("big2", 8)
+    fake.add_node("big3", 8)
+    fake.run()
+    assert fake.state.totals().charged == 0
+    assert not fake.held
+    left = {job.id: str(job.gang) + job.gang.strategy for job in fake.state.jobs.values()}
+    assert all(job.attempt is None for job in fake.state.jobs.values())
+    # What is still queued could not be held by any mix of the nodes, else it would have run.
+    assert all("STRICT_PACK" in shape or "STRICT_SPREAD" in shape for shape in left.values()), left
+
+
+@settings(max_examples=100, deadline=None)
+@given(ACTIONS)
+def test_reloading_the_records_at_any_moment_gives_the_same_state(actions: list[tuple]) -> None:
+    fake = FakeCluster()
+    fake.add_node("n0", 8)
+    play(fake, actions)
+    again = ClusterState()
+    again.restore(fake.state.jobs.values())
+    assert again.jobs == fake.state.jobs
+    assert again.queue == fake.state.queue
+    again.check()
+
+
+@given(st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.9, 1, 2, 3]), max_size=20), st.randoms())
+def test_devices_give_back_exactly_what_was_taken(sizes: list[float], random) -> None:
+    devices = Devices.whole(6)
+    taken = []
+    for size in sizes:
+        units = gpu_units(size)
+        if devices.fits(units):
+            slots, devices = devices.take(units)
+            taken.append((slots, units))
+            assert all(0 <= free <= GPU_UNIT for free in devices.free)
+    random.shuffle(taken)
+    for slots, units in taken:
+        devices = devices.give(slots, units)
+    assert devices == Devices.whole(6)
+
+
+@given(st.integers(0, 8 * GPU_UNIT), st.integers(0, 8))
+def test_foreign_use_never_frees_anything(units: int, ours: int) -> None:
+    _, devices = Devices.whole(8).take(ours * GPU_UNIT) if ours else ((), Devices.whole(8))
+    left = devices.without_foreign(units)
+    assert left.total_free == max(0, devices.total_free - units)
+    assert all(after <= before for after, before in zip(left.free, devices.free, strict=True))
