@@ -10,6 +10,7 @@ import cloudpickle
 
 from rm.errors import InternalError, JobFailed, JobNotFinished
 from rm.logs import LogReader
+from rm.runtime.entry import load_error
 from rm.views import EventView, JobView
 
 if TYPE_CHECKING:
@@ -162,11 +163,5 @@ class Job:
 
 def _own_exception(payload: dict[str, Any]) -> BaseException | None:
     """The exception that the function raised, where it travelled."""
-    error = payload.get("error") or {}
-    data = error.get("pickled") or error.get("exception")
-    if isinstance(data, bytes):
-        try:
-            data = cloudpickle.loads(data)
-        except Exception:
-            return None
-    return data if isinstance(data, BaseException) else None
+    error = payload.get("error")
+    return load_error(error) if error else None

@@ -131,8 +131,7 @@ class FileStore:
         """
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
-        with self._locked(path):
-            position = _read_position(path)
+        with self._writing(path) as position:
             if position.closed:
                 return max(offset + len(data), position.stream)
             size = _size(path)
@@ -159,8 +158,7 @@ class FileStore:
     def close_log(self, job_id: str, attempt: int, rank: int, stream: str) -> None:
         """Say that the rank prints no more. If anything was dropped, the last line says how much. Twice is once."""
         path = self._log(job_id, attempt, rank, stream)
-        with self._locked(path):
-            position = _read_position(path)
+        with self._writing(path) as position:
             if position.closed:
                 return
             size = _size(path)
@@ -181,12 +179,11 @@ class FileStore:
         _number(max_bytes, "max_bytes", most=_OFFSET_MOST)
         # Before the bytes: closed then surely means that they are all there.
         closed = _read_position(path).closed
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read(min(max_bytes, _READ_MOST))
-        except FileNotFoundError:
-            return LogChunk(b"", offset, closed=False)
+        if offset >= _size(path):
+            return LogChunk(b"", offset, closed)
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(min(max_bytes, _READ_MOST))
         return LogChunk(data, offset + len(data), closed)
 
     def logs(self, job_id: str) -> list[LogFile]:
@@ -227,9 +224,11 @@ class FileStore:
         return directory / f"{_number(rank, 'rank')}.{stream}"
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
+    def _writing(self, path: Path) -> Iterator[_Position]:
+        """One at a time per log, its directory there; where the stream stands."""
         with self._locks[hash(path) % _LOCKS]:
-            yield
+            _directory(path.parent)
+            yield _read_position(path)
 
     def _write_position(self, path: Path, position: _Position) -> None:
         draft = self._drafts / secrets.token_hex(8)
@@ -292,7 +291,6 @@ def _size(path: Path) -> int:
 
 
 def _append(path: Path, data: bytes) -> None:
-    _directory(path.parent)
     with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as handle:
         _write_all(handle, data)
 

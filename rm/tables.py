@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,6 +44,17 @@ def console(file: IO[str] | None = None) -> Console:
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
 
 
+def write(screen: Console, what: RenderableType) -> None:
+    """Print it. In a pipe without the blanks that fill up a table's last column."""
+    if screen.is_terminal:
+        screen.print(what)
+        return
+    with screen.capture() as captured:
+        screen.print(what)
+    screen.file.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+    screen.file.flush()
+
+
 def plain(text: object, most: int = LONGEST_CELL) -> str:
     """`text` on one line, with all that a terminal could take as an instruction written out as an escape."""
     shown = "".join(each if each.isprintable() else _escaped(each) for each in str(text)[: most + 1])
@@ -70,8 +81,8 @@ def span(seconds: float) -> str:
 
 
 def moment(at: float | None) -> str:
-    """A point in time, local: "2026-03-01 14:05:09"; "–" where there is none."""
-    return "–" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """A point in time, local: "2026-03-01 14:05:09"; "" where there is none."""
+    return "" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def gpus(view: JobView) -> str:
@@ -210,12 +221,12 @@ def sentence(view: EventView) -> str:
         case "JobSubmitted":
             gang = body.get("gang") or {}
             units = (gang.get("bundle") or {}).get("gpu_units", 0)
-            return f"{body.get('name')} by {body.get('owner')}: {gang.get('count')} × {units / 10_000:g} GPU"
+            count = f"{gang['count']} × " if gang.get("count", 1) > 1 else ""
+            return f"{body.get('name')} by {body.get('owner')}: {count}{units / 10_000:g} GPU"
         case "AvailabilityChecked":
             return reason(body.get("reason")) or "fits"
         case "JobAdmitted":
-            placed = body.get("placed") or ()
-            return f"{len(placed)} bundle{'s' * (len(placed) != 1)} on {len({p['node_id'] for p in placed})} node(s)"
+            return "; ".join(_place(each) for each in body.get("placed") or ())
         case "RunStarted":
             ids = [",".join(each) for each in body.get("gpu_ids") or ()]
             hosts = body.get("hosts") or ()
@@ -231,14 +242,19 @@ def sentence(view: EventView) -> str:
             return str(body.get("why") or body.get("node_id") or "")
 
 
-def facts_table(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    """Name and value, one pair a line; pairs without a value are left out."""
+def _place(placed: dict[str, Any]) -> str:
+    slots = ", ".join(str(slot) for slot in placed.get("slots") or ())
+    return f"node {str(placed['node_id'])[:8]} GPU {slots}".rstrip()
+
+
+def facts_table(rows: Iterable[tuple[str, object]]) -> Table:
+    """Name and value, one pair a line; pairs without a value are left out. Escapes what is not a Text."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        if value:
-            table.add_row(name, value)
+        if value not in ("", None):
+            table.add_row(plain(name), value if isinstance(value, Text) else plain(value))
     return table
 
 

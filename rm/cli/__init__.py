@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """One command line; returns its exit code. Errors are one line on stderr, never a traceback, unless it is our bug."""
+    """One command line; returns its exit code. Errors are one line on stderr; a traceback means a bug of ours."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that this locale can't write is no error

@@ -11,16 +11,16 @@ from rm.cli import cluster, looking, submitting
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
 [bold]Start:[/bold]
-  [cyan]rmctl start --local[/cyan]                    a Ray cluster on this machine
-  [cyan]rmctl run -g 1 -- python train.py[/cyan]      on 1 GPU; its output here, Ctrl-C ends it
+  [cyan]rmctl start --local[/cyan]                   a Ray cluster on this machine
+  [cyan]rmctl run -g 1 -- python train.py[/cyan]     on 1 GPU, with its output here
 
 [bold]Then:[/bold]
-  [cyan]rmctl submit -g 4 -- python train.py[/cyan]   hand in and go home; prints its id
-  [cyan]rmctl ls[/cyan]                               what runs, what waits, and why
-  [cyan]rmctl logs -f j17[/cyan]                      follow a job's output
-  [cyan]rmctl nodes[/cyan]                            which GPUs are free, who has the others
+  [cyan]rmctl submit -g 4 -- python train.py[/cyan]  hand in, go home; prints its id
+  [cyan]rmctl ls[/cyan]                              what runs, what waits, and why
+  [cyan]rmctl logs -f j17[/cyan]                     follow a job's output
+  [cyan]rmctl nodes[/cyan]                           which GPUs are free
 
-[cyan]rmctl demo[/cyan] shows all of it in half a minute. [cyan]rmctl COMMAND --help[/cyan] explains a command.
+[cyan]rmctl demo[/cyan] shows all of it. [cyan]rmctl COMMAND --help[/cyan] explains a command.
 """
 
 PASS_ON = {"allow_interspersed_args": False}

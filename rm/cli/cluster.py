@@ -32,8 +32,13 @@ def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
 
 
 def demo(
-    num_gpus: Annotated[int | None, typer.Option("--num-gpus", "-g", min=1, help="Instead of the machine's own: so many logical ones.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The steps as JSON on stdout; what happens on stderr.")] = False,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option("--num-gpus", "-g", min=1, help="Instead of the machine's own: so many logical ones."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The steps as JSON on stdout; what happens on stderr.")
+    ] = False,
 ) -> int:
     """Watch the whole of it in half a minute: two trainings that need the same GPUs, on a Ray of their own."""
     from rm.demo import demo
@@ -60,5 +65,11 @@ def version(as_json: AsJson = False) -> int:
     else:
         print(", ".join(f"{name} {number}" for name, number in versions.items()))
     return 0
-def start(): return 0
-def stop(): return 0
+
+
+def start():
+    return 0
+
+
+def stop():
+    return 0

@@ -106,25 +106,25 @@ def show_job(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
     return 0
 
 
-def _facts(view: JobView) -> Iterable[tuple[str, str | Text]]:
-    plain, outcome = tables.plain, view.outcome or {}
-    yield "job", plain(f"{view.id} {view.name}")
+def _facts(view: JobView) -> Iterable[tuple[str, object]]:
+    waits = (view.reason or {}) if view.status == "QUEUED" else {}
+    yield "job", f"{view.id} {view.name}"
     yield "status", tables.status(view.status)
-    yield "command", plain(view.command)
-    yield "owner", plain(view.owner)
-    yield "queue", plain(f"{view.queue}, priority {view.priority}")
+    yield "command", view.command
+    yield "owner", view.owner
+    yield "queue", f"{view.queue}, priority {view.priority}"
     yield "GPUs", tables.gpus(view)
-    yield "nodes", plain(", ".join(view.nodes))
+    yield "nodes", ", ".join(view.nodes)
     yield "submitted", tables.moment(view.submitted_at)
-    yield "started", tables.moment(view.started_at) if view.started_at else ""
-    yield "ended", tables.moment(view.ended_at) if view.ended_at else ""
+    yield "started", tables.moment(view.started_at)
+    yield "ended", tables.moment(view.ended_at)
     yield "time", tables.times(view)
     yield "time limit", tables.span(view.time_limit_s) if view.time_limit_s else ""
     yield "attempts", _attempts(view)
-    yield "progress", plain(tables.progress(view))
-    yield "waits for", plain(tables.reason(view.reason)) if view.status == "QUEUED" else ""
-    yield "advice", plain((view.reason or {}).get("advice", "")) if view.status == "QUEUED" else ""
-    yield "outcome", plain(outcome.get("message") or "")
+    yield "progress", tables.progress(view)
+    yield "waits", tables.reason(waits)
+    yield "advice", waits.get("advice")
+    yield "outcome", (view.outcome or {}).get("message")
 
 
 def _attempts(view: JobView) -> str:
@@ -164,8 +164,9 @@ def why(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
         show_json(answer)
         return 0
     show(tables.plain(tables.reason(answer)))
-    evidence = ((name, tables.plain(value)) for name, value in (answer.get("evidence") or {}).items())
-    show(Padding(tables.facts_table(evidence), (0, 0, 0, 2))) if answer.get("evidence") else None
+    evidence = answer.get("evidence") or {}
+    if evidence:
+        show(Padding(tables.facts_table(evidence.items()), (0, 0, 0, 2)))
     if answer.get("advice"):
         show(tables.plain(answer["advice"]))
     return 0

@@ -10,22 +10,14 @@ from typing import Any
 from rich.console import RenderableType
 
 from rm.errors import ClusterError, RequestError, RmError
-from rm.tables import console, plain
+from rm.tables import console, plain, write
 
 
 def show(*what: RenderableType) -> None:
-    """Print on stdout: tables as wide as they need to be where stdout is no terminal."""
+    """Print results on stdout."""
     screen = console()
     for each in what:
-        if screen.is_terminal:
-            screen.print(each)
-            continue
-        with screen.capture() as captured:
-            screen.print(each)
-        # Cells are padded to equal width: the last one's padding is of no use in a pipe.
-        lines = captured.get().splitlines()
-        sys.stdout.write("".join(line.rstrip() + "\n" for line in lines))
-    sys.stdout.flush()
+        write(screen, each)
 
 
 def show_json(value: Any) -> None:

@@ -17,9 +17,12 @@ from rm.cli.screen import note, show_json
 from rm.cli.session import connect
 from rm.errors import InvalidSpec
 
-SHAPE = "What it needs"
-BEHAVIOUR = "How it runs"
-SURROUNDINGS = "What it runs in"
+Said = str | None
+Many = list[str] | None
+plain = typer.Option
+shape = functools.partial(typer.Option, rich_help_panel="What it needs")
+manner = functools.partial(typer.Option, rich_help_panel="How it runs")
+around = functools.partial(typer.Option, rich_help_panel="What it runs in")
 Words = Annotated[
     list[str], typer.Argument(metavar="COMMAND", help="After --: the program and its arguments.")
 ]
@@ -27,87 +30,39 @@ Words = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """The options that make a request, shared by both commands. Text is parsed where the SDK parses it: in `rm.spec`."""
+    """What makes a request, as options of both commands. Values stay text: `rm.spec` parses and checks them."""
 
-    num_gpus: Annotated[
-        str | None,
-        typer.Option(
-            "--num-gpus", "-g", metavar="N", help="GPUs in all; 0.5 shares one.", rich_help_panel=SHAPE
-        ),
-    ] = None
-    nodes: Annotated[int | None, typer.Option(help="Spread over this many nodes.", rich_help_panel=SHAPE)] = (
+    name: Annotated[Said, plain("--name", "-n", help="What `rmctl ls` calls it.")] = None
+    num_gpus: Annotated[Said, shape("--num-gpus", "-g", metavar="N", help="GPUs in all; 0.5 shares one.")] = (
         None
     )
-    gpus_per_node: Annotated[
-        str | None, typer.Option(metavar="N", help="Instead of --num-gpus.", rich_help_panel=SHAPE)
-    ] = None
-    gpu_type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE", help="A100, or A100,H100 in order of preference.", rich_help_panel=SHAPE
-        ),
-    ] = None
-    cpus_per_gpu: Annotated[
-        float | None, typer.Option(metavar="N", help="CPUs reserved with each GPU.", rich_help_panel=SHAPE)
-    ] = None
-    memory_per_gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="16GiB, 512M.", rich_help_panel=SHAPE)
-    ] = None
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WORD", help="PACK, STRICT_PACK, SPREAD or STRICT_SPREAD.", rich_help_panel=SHAPE
-        ),
-    ] = None
-    label: Annotated[
-        list[str] | None,
-        typer.Option("--label", metavar="KEY=VALUE", help="Only nodes with this label. Repeatable.",
-                     rich_help_panel=SHAPE),
-    ] = None  # fmt: skip
-    name: Annotated[str | None, typer.Option("--name", "-n", help="What `rmctl ls` calls it.")] = None
+    nodes: Annotated[int | None, shape(metavar="N", help="Spread over this many nodes.")] = None
+    gpus_per_node: Annotated[Said, shape(metavar="N", help="Instead of --num-gpus.")] = None
+    gpu_type: Annotated[Said, shape(metavar="TYPE", help="A100, or A100,H100: the first is preferred.")] = (
+        None
+    )
+    cpus_per_gpu: Annotated[float | None, shape(metavar="N", help="CPUs reserved with each GPU.")] = None
+    memory_per_gpu: Annotated[Said, shape(metavar="SIZE", help="16GiB, 512M.")] = None
+    strategy: Annotated[Said, shape(metavar="WORD", help="PACK, STRICT_PACK, SPREAD, STRICT_SPREAD.")] = None
+    label: Annotated[Many, shape(metavar="KEY=VALUE", help="Only nodes with this label. Repeatable.")] = None
     nproc_per_node: Annotated[
-        str | None,
-        typer.Option(metavar="N", help='Processes per node, as torchrun\'s; "gpu": one per GPU.',
-                     rich_help_panel=BEHAVIOUR),
-    ] = None  # fmt: skip
-    time_limit: Annotated[
-        str | None, typer.Option(metavar="TIME", help="90s, 15m, 2h, 1:30:00.", rich_help_panel=BEHAVIOUR)
+        Said, manner(metavar="N", help='Processes per node, as torchrun\'s; "gpu": one per GPU.')
     ] = None
-    grace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME", help="From SIGTERM to SIGKILL; 30s by default.", rich_help_panel=BEHAVIOUR
-        ),
-    ] = None
-    priority: Annotated[
-        str | None,
-        typer.Option(metavar="P", help="A number, or low, normal, high.", rich_help_panel=BEHAVIOUR),
-    ] = None
-    queue: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=BEHAVIOUR)] = None
-    max_retries: Annotated[
-        int | None, typer.Option(metavar="N", help="New tries after it failed.", rich_help_panel=BEHAVIOUR)
-    ] = None
+    time_limit: Annotated[Said, manner(metavar="TIME", help="90s, 15m, 2h, 1:30:00.")] = None
+    grace: Annotated[Said, manner(metavar="TIME", help="From SIGTERM to SIGKILL; 30s by default.")] = None
+    priority: Annotated[Said, manner(metavar="P", help="A number, or low, normal, high.")] = None
+    queue: Annotated[Said, manner(metavar="NAME", help="The queue to stand in.")] = None
+    max_retries: Annotated[int | None, manner(metavar="N", help="New tries after it failed.")] = None
     max_infra_retries: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="New tries after a node or runner was lost.", rich_help_panel=BEHAVIOUR
-        ),
+        int | None, manner(metavar="N", help="New tries after a node or runner was lost.")
     ] = None
     env: Annotated[
-        list[str] | None,
-        typer.Option("--env", "-e", metavar="KEY[=VALUE]", rich_help_panel=SURROUNDINGS,
-                     help="Set a variable; KEY alone takes its value from here. Repeatable."),
-    ] = None  # fmt: skip
-    working_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Send this directory along and start in it.",
-                     rich_help_panel=SURROUNDINGS),
-    ] = None  # fmt: skip
-    pip: Annotated[
-        list[str] | None,
-        typer.Option("--pip", metavar="PACKAGE", rich_help_panel=SURROUNDINGS,
-                     help='Install it first: "numpy<3", or a requirements.txt. Repeatable.'),
-    ] = None  # fmt: skip
+        Many, around("--env", "-e", metavar="KEY[=VALUE]", help="KEY alone: its value here. Repeatable.")
+    ] = None
+    working_dir: Annotated[Said, around(metavar="DIR", help="Send it along and start in it.")] = None
+    pip: Annotated[Many, around(metavar="PACKAGE", help='"numpy<3", or a requirements.txt. Repeatable.')] = (
+        None
+    )
 
     def given(self) -> dict[str, Any]:
         """Keyword arguments for `Client.submit`: what was said, nothing else. Raises InvalidSpec."""

@@ -7,60 +7,127 @@ ledger, not remembered.
 
 from __future__ import annotations
 
+import re
 import signal
-import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rm.demo.sandbox import private_directory, training, training_scripts
+from rm import tables
+from rm.demo.sandbox import local_ray, private_directory, training, training_scripts
 from rm.demo.stage import Stage
-from rm.demo.steps import Step, steps, steps_table
-from rm.errors import ClusterError, RmError
+from rm.demo.steps import NAMES, Story, steps, steps_table
 
 if TYPE_CHECKING:
     from rm.client import Client
     from rm.job import Job
-    from rm.runtime.local import LocalRay
 
 LOOK_S = 0.15
 TIME_LIMIT_S = 300
-NAMES = ("first", "second")
-INTERRUPTED = 130
+MEASURED = re.compile(r"^(test accuracy|final loss) ([0-9.]+)", re.MULTILINE)
 
 
-@dataclass
-class Story:
-    """What a demo found out. `accuracy`: what each job measured in the end, by name."""
+def demo(num_gpus: int | None, file: IO[str]) -> Story:
+    """Run it and tell it on `file`. Raises RmError where a step could not be done. Nothing is left behind either way."""
+    began = time.monotonic()
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        with Stage(file) as stage, private_directory() as directory:
+            stage.wait_for("starting a Ray of its own, and the allocator")
+            with local_ray(directory, num_gpus) as (address, described):
+                stage.say(described)
+                story = _play(stage, _client(address, directory))
+            stage.wait_for("ending Ray")
+        story.took_s = time.monotonic() - began
+        _tell(stage, story)
+        return story
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    gpus: float = 0
-    real_gpus: bool = False
-    trained: str = ""
-    steps: list[Step] = field(default_factory=list)
-    statuses: dict[str, str] = field(default_factory=dict)
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    free_gpus: float = 0
-    charged_gpus: float = 0
-    took_s: float = 0.0
 
-    @property
-    def succeeded(self) -> bool:
-        """Both trained, and every GPU is free again."""
-        both = [self.statuses.get(name) for name in NAMES] == ["SUCCEEDED"] * len(NAMES)
-        return both and self.free_gpus == self.gpus and self.charged_gpus == 0
+def _client(address: str, directory: Path) -> Client:
+    from rm.client import connect
+    from rm.spec import Config
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "succeeded": self.succeeded,
-            "gpus": self.gpus,
-            "real_gpus": self.real_gpus,
-            "trained": self.trained,
-            "jobs": self.statuses,
-            "measured": self.measured,
-            "free_gpus": self.free_gpus,
-            "charged_gpus": self.charged_gpus,
-            "took_s": self.took_s,
-            "steps": [step.to_dict() for step in self.steps],
-        }
+    # Said in full: RM_* variables of the environment are for the person's own allocator.
+    return connect(address, config=Config(home=directory / "home", ledger_url="", checkpoint_root=""))
+
+
+def _play(stage: Stage, client: Client) -> Story:
+    """Submit both jobs, watch them to their ends, and read back what happened."""
+    gpus = sum(node.gpus for node in client.nodes())
+    command, processes, trained = training(gpus)
+    stage.say(f"Two jobs, each needs all {gpus} GPUs. They train {trained}.")
+    stage.say("")
+    jobs: list[Job] = []
+    for name in NAMES:
+        options: dict[str, Any] = {"working_dir": training_scripts(), "nproc_per_node": processes, "time_limit": TIME_LIMIT_S}
+        job = client.submit(command, name=name, num_gpus=gpus, max_infra_retries=0, **options)
+        stage.names[job.id] = name
+        jobs.append(job)
+    _watch(stage, client, jobs)
+    nodes, named = client.nodes(), dict(zip(NAMES, jobs, strict=True))
+    return Story(
+        gpus=gpus,
+        trained=trained,
+        names=stage.names,
+        steps=steps(client.events()),
+        statuses={name: job.last.status for name, job in named.items()},
+        measured={name: _measured(job) for name, job in named.items()},
+        failures={name: _failure(job) for name, job in named.items() if job.last.status != "SUCCEEDED"},
+        free_gpus=sum(node.free_gpus for node in nodes),
+        charged_gpus=sum(node.charged_gpus for node in nodes),
+    )
+
+
+def _watch(stage: Stage, client: Client, jobs: list[Job]) -> None:
+    """Show what happens until every job has ended, and all of it is in the ledger."""
+    seen = 0
+    while True:
+        views = [job.view() for job in jobs]
+        news = client.events(after=seen)
+        seen = news[-1].seq if news else seen
+        stage.happened(news)
+        stage.update(views, client.nodes())
+        if all(view.ended for view in views) and not news:
+            return
+        time.sleep(LOOK_S)
+
+
+def _measured(job: Job) -> dict[str, float]:
+    """What the training found in the end, from its own last lines."""
+    return {
+        name.replace(" ", "_"): float(value)
+        for name, value in MEASURED.findall(job.logs(rank=0, stream="out"))
+    }
+
+
+def _failure(job: Job) -> str:
+    outcome = job.last.outcome or {}
+    return "\n".join(
+        [f"{job.id} {job.last.status}: {outcome.get('message', '')}", *(outcome.get("tail") or ())]
+    )
+
+
+def _tell(stage: Stage, story: Story) -> None:
+    """The end: every step as the ledger has it, what was learnt, and that nothing is held any more."""
+    stage.clear()
+    stage.say("")
+    stage.say("What happened, read back from the ledger (GPUs of the cluster before → after each step):")
+    stage.say("")
+    stage.say(steps_table(story.steps, story.names))
+    stage.say("")
+    for name, values in story.measured.items():
+        told = ", ".join(f"{what.replace('_', ' ')} {value:g}" for what, value in values.items())
+        stage.say(f"{name}: {story.statuses[name]}{', ' if told else ''}{told}")
+    for failure in story.failures.values():
+        stage.say(tables.plain(failure))
+    stage.say(
+        f"At the end {story.free_gpus:g} of {story.gpus:g} GPUs are free and {story.charged_gpus:g} are allocated. "
+        f"All of it took {story.took_s:.1f} s; Ray has ended and nothing is left."
+    )
+
+
+def _as_interrupt(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 VARIABLE = "RM_DEMO"
 PATIENCE_S = 5.0
@@ -35,13 +36,11 @@ def marked(mark: str) -> list[int]:
     """The living processes that carry the mark, this one aside. Zombies have no environment any more."""
     wanted = f"{VARIABLE}={mark}".encode()
     found = []
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    found.append(int(name))
+            if pid != os.getpid() and wanted in (process / "environ").read_bytes().split(b"\0"):
+                found.append(pid)
         except OSError:
             continue  # gone meanwhile, or another user's
     return found

@@ -41,8 +41,23 @@ def private_directory() -> Iterator[Path]:
         reaper.wait(LIMIT_S + 10)
 
 
+@contextmanager
+def local_ray(directory: Path, num_gpus: int | None) -> Iterator[tuple[str, str]]:
+    """A Ray on this machine that ends with the block or with this process: its address, and a word about its GPUs."""
+    import ray
+
+    from rm.runtime.local import LocalRay, describe_gpus
+
+    local = LocalRay.start(directory, num_gpus=num_gpus, fate_share=True)
+    try:
+        yield local.address, describe_gpus(num_gpus)
+    finally:
+        ray.shutdown()  # a driver whose cluster vanishes would die with it
+        local.stop()
+
+
 def training_scripts() -> Path:
-    """Where the training entrypoints lie: in `rm/_jobs` of an installed wheel, in `jobs` beside `rm` in the repository."""
+    """Where the training entrypoints lie: in `rm/_jobs` of an installed wheel, in `jobs` beside `rm` in the sources."""
     package = Path(__file__).resolve().parents[1]
     for place in (package / "_jobs", package.parent / "jobs"):
         if (place / "train_digits.py").is_file():

@@ -59,9 +59,8 @@ class Stage:
         self._live.stop()
 
     def say(self, text: RenderableType) -> None:
-        """One line above the moving part."""
-        self.console.print(text, soft_wrap=isinstance(text, str))
-        self.console.file.flush()
+        """Above the moving part, to stay."""
+        tables.write(self.console, text)
 
     def wait_for(self, what: str) -> None:
         """Something takes a while that has no progress to show."""

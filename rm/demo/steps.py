@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rm.views import EventView
 
 
+NAMES = ("first", "second")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of one job. `at`: its last event, seconds since the first request. `events`: their ledger numbers."""
@@ -35,8 +38,40 @@ class Step:
     what: str
     events: tuple[int, ...]
 
+
+@dataclass
+class Story:
+    """What a demo found out. `names`: job id → name; `statuses`, `measured` and `failures` by name."""
+
+    gpus: float
+    trained: str
+    names: dict[str, str]
+    steps: list[Step]
+    statuses: dict[str, str]
+    measured: dict[str, dict[str, float]]
+    failures: dict[str, str]
+    free_gpus: float
+    charged_gpus: float
+    took_s: float = 0.0
+
+    @property
+    def succeeded(self) -> bool:
+        """Both trained, and every GPU is free again."""
+        both = [self.statuses.get(name) for name in NAMES] == ["SUCCEEDED"] * len(NAMES)
+        return both and self.free_gpus == self.gpus and self.charged_gpus == 0
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "succeeded": self.succeeded,
+            "gpus": self.gpus,
+            "trained": self.trained,
+            "statuses": self.statuses,
+            "measured": self.measured,
+            "free_gpus": self.free_gpus,
+            "charged_gpus": self.charged_gpus,
+            "took_s": self.took_s,
+            "steps": [{**asdict(step), "name": self.names.get(step.job, "")} for step in self.steps],
+        }
 
 
 def steps(events: Iterable[EventView]) -> list[Step]:

@@ -72,17 +72,17 @@ def _load(payload: Path) -> tuple[Any, Any, Any]:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise NotPicklable(
-            f"your function needs the module {error.name!r}, which this node does not have. Ways out: if it "
-            "is your own code, ship it with runtime_env={'working_dir': '.'}; if it is a package, install "
-            f"it with runtime_env={{'pip': [{package!r}]}}; or define the function in the notebook or script that "
-            "submits it, which sends it by value.",
+            f"your function needs the module {error.name!r}, which this node does not have. Ways out: "
+            "if it is your own code, ship it with runtime_env={'working_dir': '.'}; "
+            f"if it is a package, install it with runtime_env={{'pip': [{package!r}]}}; "
+            "or define the function in the notebook or script that submits it, which sends it by value.",
             module=error.name,
         ) from error
     except Exception as error:
         raise NotPicklable(
-            f"your function or its arguments cannot be loaded here: {type(error).__name__}: {error}. This "
-            f"node runs Python {sys.version_info.major}.{sys.version_info.minor}: submit from the same version, and "
-            "with the same versions of the packages that the arguments need (runtime_env 'pip' sets them)."
+            f"your function or its arguments cannot be loaded here: {type(error).__name__}: {error}. "
+            f"This node runs Python {sys.version_info.major}.{sys.version_info.minor}: submit from the same "
+            "version, and with the same versions of the packages that the arguments need (runtime_env 'pip')."
         ) from error
     return function, args, kwargs
 

@@ -377,6 +377,8 @@ def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]
     # A rank that was told to stop is a consequence; the cause is the earliest that was not.
     first, seat = min(failed, key=lambda each: (each[0].stopped and each[0].failed_at > 0, each[0].failed_at))
     message = first.message
+    if first.lost:
+        return Outcome(Status.FAILED, message, node_id=seat.node_id, tail=first.tail, infra=True)
     if orders[0].world > 1 and "rank" not in message:
         message = f"rank {first.rank}: {message}"
     return Outcome(

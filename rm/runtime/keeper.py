@@ -17,7 +17,7 @@ finds the rest.
 Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemonised grandchild then escapes
 to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
 
-JSON lines in: first {"attempt", "grace_s", "procs": [{"rank", "argv", "env", "cwd", "stdout", "stderr"}]},
+JSON lines in: first {"attempt", "grace_s", "scratch", "procs": [{"rank", "argv", "env", "cwd", "stdout", "stderr"}]},
 then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
 JSON lines out: ready, started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
@@ -258,6 +258,8 @@ class Keeper:
         self.grace_s = 0.0
         self.kill_at: float | None = None  # set: stopping; SIGKILL for all at this monotonic time
         self.first_failed: int | None = None
+        self.scratch = ""  # a directory to remove if the runner does not live to do it
+        self.orphaned = False
         self.inbox = b""
         self.wake, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
@@ -285,6 +287,7 @@ class Keeper:
                 elif fd in self.starting:
                     self.on_exec(self.starting[fd])
                 elif fd in self.lifelines:  # anything else is an exec_pipe that was dealt with in this round
+                    self.orphaned = True
                     self.kill()
         self.kill_at = self.kill_at or 0.0  # whatever ends from now on did not fail by itself
         ranks = self.ranks or []
@@ -293,6 +296,10 @@ class Keeper:
             if rank.running:
                 rank.error = {"step": "kill", "errno": 0}
                 self.emit_exit(rank, None, None)
+        if self.orphaned and self.scratch:
+            import shutil  # slow to import, and seldom needed
+
+            shutil.rmtree(self.scratch, ignore_errors=True)
         self.emit(
             {"event": "done", "first_failed": self.first_failed, "leftovers_killed": killed, "stuck": stuck}
         )
@@ -322,6 +329,7 @@ class Keeper:
         except OSError:
             got = b""
         if not got:
+            self.orphaned = True
             self.kill()
         *lines, self.inbox = (self.inbox + got).split(b"\n")
         for line in lines:
@@ -355,6 +363,7 @@ class Keeper:
     def start(self, message: dict[str, Any]) -> None:
         """Fork every rank; their execs go on in parallel. One that cannot be forked fails like any other."""
         self.grace_s = float(message["grace_s"])
+        self.scratch = message.get("scratch", "")
         self.ranks = [Rank(order) for order in message["procs"]]
         unborn: list[Rank] = []
         for rank in self.ranks:

@@ -61,6 +61,8 @@ class RunResult:
     signal: int | None = None
     message: str = ""
     tail: tuple[str, ...] = ()
+    lost: bool = False
+    """The node failed, not user code: the attempt may be tried again at the cluster's cost."""
     stopped: bool = False
     """The processes were told to stop and had not failed before."""
     progress: dict[str, Any] | None = None

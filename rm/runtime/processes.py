@@ -111,11 +111,14 @@ class Launched:
         self._following = asyncio.create_task(self._follow(), name=f"follow keeper of {attempt}")
 
     @classmethod
-    async def start(cls, attempt: str, procs: Sequence[RankProcess], grace_s: float) -> Launched:
+    async def start(
+        cls, attempt: str, procs: Sequence[RankProcess], grace_s: float, scratch: str = ""
+    ) -> Launched:
         """Start all ranks and return once each has begun to run user code or has failed to.
 
         Failures are told by `wait` and not raised here, except: ValueError if `procs` breaks its contract,
         OSError if this machine cannot start one more process. Cancelled, it kills what it has started.
+        `scratch`: a directory that the keeper removes when the caller's process dies before the end.
         """
         _check(procs)
         process = await asyncio.create_subprocess_exec(
@@ -129,7 +132,8 @@ class Launched:
             limit=LINE_LIMIT_BYTES,
         )
         launched = cls(attempt, procs, process)
-        launched._send({"attempt": attempt, "grace_s": grace_s, "procs": [asdict(each) for each in procs]})
+        ranks = [asdict(each) for each in procs]
+        launched._send({"attempt": attempt, "grace_s": grace_s, "scratch": scratch, "procs": ranks})
         try:
             await launched._all_reported.wait()
         except asyncio.CancelledError:

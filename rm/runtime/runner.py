@@ -17,10 +17,12 @@ import sys
 import time
 from typing import Any
 
+import cloudpickle
 import ray
 
 from rm.core.model import Kind
 from rm.errors import RmError
+from rm.runtime.entry import result_path
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
@@ -32,7 +34,8 @@ log = logging.getLogger("rm.runner")
 REPORT_S = 0.5
 """How often progress is read and passed on."""
 TAIL_LINES = 20
-STORE_TIMEOUT_S = 120.0
+_NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process", "not_started"})
+"""Kinds of exit that are not the fault of user code."""
 
 
 class Runner:
@@ -102,7 +105,9 @@ class Runner:
         if self._stop_asked:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
         shipper = LogShipper(store, order, processes)
-        self._launched = await Launched.start(f"{order.job_id}.{order.attempt}", processes, order.grace_s)
+        self._launched = await Launched.start(
+            f"{order.job_id}.{order.attempt}", processes, order.grace_s, str(workspace.path)
+        )
         self._started.set()
         if self._stop_asked:
             await self._launched.stop(order.grace_s)
@@ -115,10 +120,20 @@ class Runner:
             await asyncio.gather(*background, return_exceptions=True)
         self._read_reports(order)
         await shipper.finish()
-        if order.kind is Kind.FUNCTION and order.first_rank == 0 and workspace.result.exists():
-            data = await asyncio.to_thread(workspace.result.read_bytes)
-            await store.put_result.remote(order.job_id, order.attempt, data)
-        return self._result(workspace, order, outcome)
+        result = self._result(workspace, order, outcome)
+        if order.kind is Kind.FUNCTION:
+            await self._keep_result(store, workspace, order, result)
+        return result
+
+    @staticmethod
+    async def _keep_result(store: Any, workspace: Workspace, order: RunOrder, result: RunResult) -> None:
+        """Send rank 0's value, or the exception of the rank that failed, to the store."""
+        rank = 0 if result.ok else result.rank or 0
+        path = result_path(workspace.result, rank)
+        if (result.ok and order.first_rank != 0) or result.stopped or not path.exists():
+            return
+        data = await asyncio.to_thread(path.read_bytes)
+        await store.put_result.remote(order.job_id, order.attempt, data)
 
     def _result(self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome) -> RunResult:
         progress = self._progress.get(order.first_rank) if order.first_rank == 0 else None
@@ -132,9 +147,10 @@ class Runner:
             rank=failed.rank,
             exit_code=failed.code,
             signal=failed.signal,
-            message=_describe(failed),
+            message=_raised(workspace, order, failed) or _describe(failed),
             tail=tuple(_tail(workspace, failed.rank)),
-            stopped=self._stop_asked,
+            lost=failed.error_kind in _NODE_FAILED,
+            stopped=self._stop_asked and outcome.first_failed is None,
             progress=progress,
             failed_at=failed.at,
         )
@@ -176,6 +192,18 @@ def _describe(exit_: RankExit) -> str:
         return f"{where} was killed by {exit_.signal_name}{hint}"
     hint = {126: " (can't be executed?)", 127: " (command not found?)"}.get(exit_.code or 0, "")
     return f"{where} exited with code {exit_.code}{hint}"
+
+
+def _raised(workspace: Workspace, order: RunOrder, exit_: RankExit) -> str | None:
+    """For a function that raised: the exception in one line."""
+    path = result_path(workspace.result, exit_.rank)
+    if order.kind is not Kind.FUNCTION or not path.exists():
+        return None
+    error = cloudpickle.loads(path.read_bytes()).get("error") or {}
+    if not error or error["type"] == "SystemExit":
+        return None
+    first_line = (error["message"].splitlines() or [""])[0]
+    return f"rank {exit_.rank} on {socket.gethostname()} raised {error['type']}: {first_line}"
 
 
 def _tail(workspace: Workspace, rank: int) -> list[str]:

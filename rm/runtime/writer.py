@@ -34,7 +34,7 @@ from rm.core.events import (
 from rm.core.model import Job, Node
 from rm.core.state import ClusterState, Totals
 from rm.errors import Busy, InternalError, LedgerUnavailable
-from rm.ledger import Accepted, Batch, EventRow, Ledger
+from rm.ledger import Accepted, Batch, EventRow, Ledger, Loaded
 from rm.spec import JobSpec
 
 log = logging.getLogger("rm.writer")
@@ -270,7 +270,7 @@ class Writer:
             await asyncio.sleep(RETRY_S)
             requests = [each for each in self._inbox if isinstance(each, _Request)]
             try:
-                loaded = await asyncio.to_thread(self._ledger.load)
+                loaded, ended = await asyncio.to_thread(self._read_again)
             except LedgerUnavailable as error:
                 self.broken = str(error)
                 self._answer_all(requests, error)
@@ -281,9 +281,16 @@ class Writer:
         effects = self.state.restore(loaded.jobs)
         for event in _observations(old):
             self.state.apply(event)
-        self._publish(loaded.jobs)
+        self._publish([*loaded.jobs, *ended])
         self._execute(effects)
         self._wake.set()
+
+    def _read_again(self) -> tuple[Loaded, list[Job]]:
+        """What lives by the ledger, and what has ended there without our having been told that it was committed."""
+        loaded = self._ledger.load()
+        live = {job.id for job in loaded.jobs}
+        rows = [self._ledger.job(job_id) for job_id in self._committed.keys() - live]
+        return loaded, [row.job for row in rows if row is not None]
 
     async def _ask(self, request: _Request) -> None:
         self._inbox.append(request)

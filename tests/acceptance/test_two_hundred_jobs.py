@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import groups, wait_until
+from probes import groups, wait_until
 from rm.job import TERMINAL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import user_processes, wait_until
+from probes import user_processes, wait_until
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import user_processes, wait_until
+from probes import user_processes, wait_until
 
 from rm.errors import (
     Infeasible,

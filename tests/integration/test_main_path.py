@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import groups, user_processes, wait_until
+from probes import groups, user_processes, wait_until
 
 import rm
 from rm.errors import JobFailed

@@ -203,20 +203,22 @@ class TestDigits:
     ) -> None:
         import torch
 
-        # Without dropout nothing depends on the ranks: one process or two, it is the same descent.
-        flags = ("--steps", 80, "--dropout", 0, "--weights-out", "weights.pt")
+        # Without dropout nothing depends on the ranks: one process or two, it is the same descent up to rounding.
+        # Few steps, because AdamW lets rounding grow where a gradient is nearly nothing: measured, the weights
+        # differ by 1e-6 after 10 steps, 1e-4 after 30 and 1e-2 after 80; in float64 by 1e-13 after any of them.
+        flags = ("--steps", 30, "--dropout", 0, "--weights-out", "weights.pt")
         undisturbed = start("train_digits.py", *flags, "--checkpoint-dir", tmp_path / "undisturbed")
         undisturbed.succeeded()
 
         # No checkpoint is due, and only rank 1 is told.
-        gang = start("train_digits.py", *flags, "--checkpoint-every", 1000, "--step-delay", 0.02, ranks=2)
-        gang.at_step(30).send(signal.SIGTERM, 1)
+        gang = start("train_digits.py", *flags, "--checkpoint-every", 1000, "--step-delay", 0.05, ranks=2)
+        gang.at_step(10).send(signal.SIGTERM, 1)
         assert gang.ended() == [STOPPED] * 2, gang.output
-        left_at = gang.number(r"stopped at step (\d+) of 80")
-        assert 30 <= left_at < 80
+        left_at = gang.number(r"stopped at step (\d+) of 30")
+        assert 10 <= left_at < 30
 
         alone = start("train_digits.py", *flags).succeeded()
-        assert alone.number(r"resumed at step (\d+) of 80 from .*") == left_at
+        assert alone.number(r"resumed at step (\d+) of 30 from .*") == left_at
         alone.said(r"it had 2 processes and this has 1: .*")
         expected = torch.load(undisturbed.directory / "weights.pt", weights_only=True)
         got = torch.load(alone.directory / "weights.pt", weights_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,15 @@ def test_columns_take_any_text_and_keep_it_apart(one: str, other: str) -> None:
     assert "\0" not in stored
     assert len(stored) <= codec.COLUMN_CHARS
     assert (stored == codec.column(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    "odd", [f"{codec.MARK}0041", codec.MARK, "\ud83d\ude00", "\\ud800", "\0", "\udc80" * 300], ids=ascii
+)
+def test_text_that_looks_like_our_own_marks_comes_back_too(odd: str) -> None:
+    job = replace(make_job(1), name=odd, owner="\U0001f600")
+    assert codec.decode_job(codec.encode_job(job)) == job
+    assert codec.column(odd) != codec.column("A")
 
 
 def test_plain_text_is_stored_as_it_is() -> None:

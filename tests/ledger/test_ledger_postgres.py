@@ -105,9 +105,7 @@ def test_a_server_that_is_killed_while_it_commits(server: Server, opened: Open, 
 
 
 @pytest.mark.postgres
-def test_idle_connections_that_were_cut_cost_nothing(
-    server: Server, opened: Open, postgres_url: str
-) -> None:
+def test_idle_connections_that_were_cut_cost_nothing(server: Server, opened: Open, postgres_url: str) -> None:
     ledger = opened(postgres_url)
     ledger.commit(submission(1))
     assert ledger.count_events() == 1
@@ -123,7 +121,7 @@ def test_a_connection_that_is_cut_in_a_transaction(server: Server, opened: Open,
     ledger = opened(postgres_url)
     ledger.commit(submission(1))
     with (
-        pytest.raises(LedgerUnavailable, match="terminating connection|server closed the connection"),
+        pytest.raises(LedgerUnavailable, match=r"terminating connection|server closed the connection"),
         ledger._database.transaction() as connection,
     ):
         connection.execute(text("DELETE FROM jobs"))
@@ -188,7 +186,7 @@ def test_a_server_set_up_to_forget_is_told_not_to(server: Server, opened: Open) 
 
 @pytest.mark.postgres
 def test_a_database_that_can_not_hold_every_text_is_refused(server: Server) -> None:
-    with pytest.raises(LedgerUnavailable, match="encoded as LATIN1.*ENCODING 'UTF8'"):
+    with pytest.raises(LedgerUnavailable, match=r"encoded as LATIN1.*ENCODING 'UTF8'"):
         Ledger.open(server.url(server.database("LATIN1")))
 
 

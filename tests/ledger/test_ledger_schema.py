@@ -18,7 +18,7 @@ from rm.ledger.tables import metadata
 
 Open = Callable[[str], Ledger]
 
-REVISION = '''
+REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
@@ -28,7 +28,7 @@ down_revision = "0001"
 def upgrade():
     op.add_column("jobs", sa.Column("colour", sa.Text, nullable=False, server_default="grey"))
     op.execute("{then}")
-'''
+"""
 
 
 def run(ledger: Ledger, *statements: str) -> None:
@@ -140,5 +140,5 @@ def test_a_ledger_without_its_key_is_damaged(opened: Open, url: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "ledger.sqlite", "mysql://host/db", "sqlite://", "sqlite:///:memory:"])
 def test_an_url_that_names_no_ledger_is_refused(wrong: str) -> None:
-    with pytest.raises(LedgerUnavailable, match="sqlite:////path/to/ledger.sqlite"):
+    with pytest.raises(LedgerUnavailable, match=r"sqlite:////path/to/ledger\.sqlite"):
         Ledger.open(wrong)

@@ -244,6 +244,8 @@ def test_a_lock_that_somebody_else_holds(opened: Open, sqlite_url: str, path: Pa
     console.execute("BEGIN IMMEDIATE")
     with pytest.raises(LedgerUnavailable, match="database is locked"):
         ledger.commit(submission(2))
+    with pytest.raises(LedgerUnavailable, match="database is locked"):
+        ledger.load()  # it might miss what the other one is about to commit
     assert [each.job.id for each in ledger.jobs()] == ["j1"]
     console.execute("ROLLBACK")
     console.close()

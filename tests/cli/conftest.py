@@ -1,0 +1,48 @@
+"""`rmctl` in this process, on a client that needs no cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fake_client import FakeClient
+
+from rm import cli, client
+
+
+@dataclass
+class Ran:
+    """What one command line gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    fake = FakeClient()
+
+    def connect(address: str | None = None, *, config: Any = None, start: bool = True) -> FakeClient:
+        fake.connected.append((address, start))
+        return fake
+
+    monkeypatch.setattr(client, "connect", connect)
+    return fake
+
+
+@pytest.fixture
+def rmctl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def rmctl(*words: str) -> Ran:
+        code = cli.run(words)
+        shown = capsys.readouterr()
+        return Ran(code, shown.out, shown.err)
+
+    return rmctl

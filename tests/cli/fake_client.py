@@ -1,0 +1,123 @@
+"""A client without a cluster: the real `Client`, `Job` and `LogReader`, asking this instead of Ray's actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from rm.client import Client
+from rm.errors import UnknownJob
+from rm.spec import JobSpec
+from rm.views import EventView, JobView, NodeView
+
+HOSTILE = "[red]x[/red] \x1b[2J\x1b]0;gotcha\x07 [/] \u202egnp.exe \x9b31m"
+"""Rich markup, escape sequences, a broken closing tag, a right-to-left override and a C1 control."""
+
+
+def view(job_id: str, status: str = "RUNNING", **fields: Any) -> JobView:
+    ended = status in ("SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT")
+    values: dict[str, Any] = {
+        "id": job_id, "name": "train.py", "owner": "ada", "kind": "command", "queue": "default", "priority": 0,
+        "status": status, "gpus": 2, "bundles": 1, "gpus_per_bundle": 2, "gpu_types": (), "attempts": 1,
+        "failures": 0, "infra_failures": 0, "submitted_at": 1_700_000_000.0,
+        "started_at": None if status == "QUEUED" else 1_700_000_010.0,
+        "ended_at": 1_700_000_100.0 if ended else None, "time_limit_s": None, "command": "python train.py",
+    }  # fmt: skip
+    return JobView(**{**values, **fields})
+
+
+def node(name: str, gpus: int, charged: float = 0, foreign: float = 0, **fields: Any) -> NodeView:
+    values: dict[str, Any] = {
+        "id": "ab" * 28, "name": name, "gpu_type": None, "gpus": gpus, "charged_gpus": charged,
+        "foreign_gpus": foreign, "free_gpus": gpus - charged - foreign, "cpus": 8, "memory_bytes": 2**35, "jobs": (),
+    }  # fmt: skip
+    return NodeView(**{**values, **fields})
+
+
+def event(seq: int, kind: str, job_id: str | None = "j1", at: float = 0.0, **fields: Any) -> EventView:
+    values: dict[str, Any] = {
+        "attempt": None, "body": {}, "free_before": 2, "free_after": 2, "charged_before": 0, "charged_after": 0,
+    }  # fmt: skip
+    return EventView(seq=seq, at=1_700_000_000.0 + at, kind=kind, job_id=job_id, **{**values, **fields})
+
+
+@dataclass
+class Chunk:
+    data: bytes
+    next_offset: int
+
+
+class FakeClient(Client):
+    """What the allocator and the store would answer is in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(SimpleNamespace(hello={"ledger_key": "k", "home": "/nowhere"}))
+        self.owner = "ada"
+        self.views: dict[str, JobView] = {}
+        self.node_views: list[NodeView] = []
+        self.event_views: list[EventView] = []
+        self.reasons: dict[str, dict[str, Any]] = {}
+        self.output: dict[tuple[int, str], bytes] = {}
+        self.submitted: list[JobSpec] = []
+        self.asked: list[str] = []
+        self.connected: list[tuple[str | None, bool]] = []
+        """Address and `start` of each connection that a command made."""
+
+    def add(self, *views: JobView) -> None:
+        self.views |= {each.id: each for each in views}
+
+    def _allocator(self, method: str, *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
+        self.asked.append(method)
+        return getattr(self, f"on_{method}")(*args, **kwargs)
+
+    def _store(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        return getattr(self, f"on_{method}")(*args)
+
+    # --- the allocator's answers ---------------------------------------------------------------------------
+
+    def on_submit(self, specs: list[JobSpec], _keys: list[str]) -> list[str]:
+        self.submitted += specs
+        return [f"j{number}" for number in range(1, len(specs) + 1)]
+
+    def on_job(self, job_id: str) -> JobView:
+        if job_id not in self.views:
+            raise UnknownJob(f"no job {job_id!r} in this ledger; `rmctl ls --all` lists them", job=job_id)
+        return self.views[job_id]
+
+    def on_jobs(self, *, live_only: bool, owner: str | None, name: str | None, limit: int) -> list[JobView]:
+        found = [each for each in self.views.values() if owner in (None, each.owner)]
+        return [each for each in found if not (live_only and each.ended)][:limit]
+
+    def on_wait(self, job_id: str, _timeout_s: float, _seen: str | None) -> JobView:
+        return self.on_job(job_id)
+
+    def on_cancel(self, job_id: str, _by: str, *, released: bool = False) -> JobView:
+        self.views[job_id] = replace(self.on_job(job_id), status="CANCELLED", ended_at=1_700_000_200.0)
+        return self.views[job_id]
+
+    def on_why(self, job_id: str) -> dict[str, Any]:
+        return self.reasons[job_id]
+
+    def on_nodes(self) -> list[NodeView]:
+        return self.node_views
+
+    def on_events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
+        found = [each for each in self.event_views if each.seq > after and job_id in (None, each.job_id)]
+        return found[:limit]
+
+    # --- the store's answers -------------------------------------------------------------------------------
+
+    def on_has_blobs(self, sha256s: list[str]) -> set[str]:
+        return set(sha256s)
+
+    def on_logs(self, _job_id: str) -> list[Any]:
+        return [
+            SimpleNamespace(attempt=1, rank=rank, stream=stream, closed=True) for rank, stream in self.output
+        ]
+
+    def on_read_log(
+        self, _job_id: str, _attempt: int, rank: int, stream: str, offset: int, most: int
+    ) -> Chunk:
+        data = self.output[rank, stream][offset : offset + most]
+        return Chunk(data, offset + len(data))

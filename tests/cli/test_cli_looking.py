@@ -1,0 +1,247 @@
+"""What the listing commands print: for people, for pipes, and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_client import HOSTILE, FakeClient, event, node, view
+
+WAITS = {
+    "code": "WaitingForCapacity",
+    "message": "needs 2 GPUs, 0 are free",
+    "evidence": {"needed_gpus": 2, "free_gpus": 0},
+    "advice": "it starts as soon as running jobs release enough",
+}
+FAILED = {
+    "status": "FAILED",
+    "message": "rank 0 exited with code 3",
+    "exit_code": 3,
+    "tail": ["boom", "bang"],
+}
+
+
+# --- ls ------------------------------------------------------------------------------------------------------
+
+
+def test_ls_shows_who_waits_and_why(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(
+        view("j2", "QUEUED", reason=WAITS),
+        view("j1", progress={"at": 0, "metrics": {"step": 5, "total": 10, "loss": 0.25}}, nodes=("gpu-1",)),
+        view("j0", "SUCCEEDED"),
+    )
+    ran = rmctl("ls")
+    header, second, first = ran.out.splitlines()
+    assert header.split() == ["ID", "NAME", "OWNER", "STATUS", "GPUS", "TIME", "NOTE"]
+    assert "WaitingForCapacity: needs 2 GPUs, 0 are free" in second
+    assert "5/10 loss 0.25, on gpu-1" in first
+    assert ran.err == ""
+
+
+def test_ls_all_mine_and_owner(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1"), view("j2", "FAILED", outcome=FAILED, owner="bob"))
+    assert "j2" not in rmctl("ls").out
+    assert "rank 0 exited with code 3" in rmctl("ls", "--all").out
+    assert "j2" not in rmctl("ls", "--all", "--mine").out
+    assert "j1" not in rmctl("ls", "--all", "--owner", "bob").out
+
+
+def test_ls_of_nothing_says_what_to_do_next(rmctl: Any, fake: FakeClient) -> None:
+    fake.node_views = [node("a", 4, charged=1)]
+    ran = rmctl("ls")
+    assert (ran.code, ran.out) == (0, "")
+    assert "3 of 4 GPUs are free" in ran.err
+    assert "rmctl run -g 1 -- python train.py" in ran.err
+    assert rmctl("ls", "--json").json == []
+
+
+def test_ls_says_when_it_left_some_out(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1"), view("j2"))
+    assert "--limit" in rmctl("ls", "--limit", "2").err
+
+
+def test_nothing_is_cut_off_in_a_pipe(rmctl: Any, fake: FakeClient) -> None:
+    long = "why " * 200
+    fake.add(view("j1", "QUEUED", reason={**WAITS, "message": long}))
+    (line,) = rmctl("ls").out.splitlines()[1:]
+    assert long.strip() in line
+    assert "\x1b" not in line, "no colours"
+
+
+def test_ls_watch_and_json_exclude_each_other(rmctl: Any, fake: FakeClient) -> None:
+    assert rmctl("ls", "--watch", "--json").code == 2
+
+
+def test_ls_watch_prints_changes_until_interrupted(
+    rmctl: Any, fake: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add(view("j1", "QUEUED"))
+    turns = iter(["RUNNING", "RUNNING", None])
+
+    def next_turn(_seconds: float) -> None:
+        status = next(turns)
+        if status is None:
+            raise KeyboardInterrupt
+        fake.add(view("j1", status))
+
+    monkeypatch.setattr("rm.cli.looking.time.sleep", next_turn)
+    ran = rmctl("ls", "--watch")
+    assert ran.code == 0
+    assert ran.out.count("ID") == 2, "once for each change"
+
+
+# --- what users wrote --------------------------------------------------------------------------------------
+
+
+def test_nothing_that_users_wrote_reaches_the_terminal_unescaped(rmctl: Any, fake: FakeClient) -> None:
+    reason = {**WAITS, "message": HOSTILE, "advice": HOSTILE, "evidence": {HOSTILE: HOSTILE}}
+    outcome = {**FAILED, "message": HOSTILE, "tail": [HOSTILE]}
+    told = {"name": HOSTILE, "owner": HOSTILE, "command": HOSTILE, "nodes": (HOSTILE,)}
+    fake.add(
+        view("j1", progress={"metrics": {HOSTILE: HOSTILE}}, **told),
+        view("j2", "QUEUED", reason=reason, **told),
+        view("j3", "FAILED", outcome=outcome, **told),
+    )
+    fake.reasons["j2"] = reason
+    fake.node_views = [node(HOSTILE, 2, gpu_type=HOSTILE, jobs=(HOSTILE,))]
+    fake.event_views = [
+        event(1, "JobSubmitted", body={"name": HOSTILE, "owner": HOSTILE}),
+        event(2, "RunLost", body={"why": HOSTILE}),
+        event(3, "RunStarted", body={"hosts": [HOSTILE], "gpu_ids": [[HOSTILE]]}),
+    ]
+    for words in (
+        ["ls", "--all"], ["show", "1"], ["show", "2"], ["show", "3"], ["why", "2"], ["wait", "3"], ["nodes"],
+        ["events"], ["events", "1"], ["cancel", "2"],
+    ):  # fmt: skip
+        ran = rmctl(*words)
+        shown = ran.out + ran.err
+        assert "[red]x[/red]" in shown or words[0] == "cancel", f"{words}: markup is shown as it was written"
+        assert all(each.isprintable() or each == "\n" for each in shown), (words, shown)
+
+
+def test_json_is_ascii_and_faithful(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", name=HOSTILE, progress={"metrics": {"loss": float("nan")}}))
+    ran = rmctl("ls", "--json")
+    assert ran.out.isascii()
+    assert ran.json[0]["name"] == HOSTILE
+    assert ran.json[0]["progress"] == {"metrics": {"loss": "nan"}}
+
+
+def test_a_hostile_id_in_an_error_is_escaped(rmctl: Any, fake: FakeClient) -> None:
+    ran = rmctl("show", HOSTILE)
+    assert ran.code == 2
+    assert "\x1b" not in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+# --- show, why, events -------------------------------------------------------------------------------------
+
+
+def test_show_tells_state_outcome_tail_and_history(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", "FAILED", outcome=FAILED, attempts=2, failures=2, gpu_types=("A100",)))
+    fake.event_views = [
+        event(1, "JobSubmitted", body={"name": "t", "owner": "ada", "gang": {"bundle": {"gpu_units": 20000}}}),
+        event(2, "JobAdmitted", at=1.5, attempt=1, body={"placed": [{"node_id": "n"}]}, free_after=0, charged_after=2),
+    ]  # fmt: skip
+    ran = rmctl("show", "1")
+    for words in (
+        "FAILED",
+        "rank 0 exited with code 3",
+        "2 A100",
+        "python train.py",
+        "bang",
+        "1.500 s",
+        "2 → 0",
+    ):
+        assert words in ran.out
+    shown = rmctl("show", "j1", "--json").json
+    assert shown["outcome"]["tail"] == ["boom", "bang"]
+    assert [each["kind"] for each in shown["events"]] == ["JobSubmitted", "JobAdmitted"]
+
+
+def test_why_gives_sentence_evidence_and_advice(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", "QUEUED"))
+    fake.reasons["j1"] = WAITS
+    ran = rmctl("why", "1")
+    assert ran.out.splitlines()[0] == "WaitingForCapacity: needs 2 GPUs, 0 are free"
+    assert "needed_gpus" in ran.out
+    assert ran.out.splitlines()[-1] == WAITS["advice"]
+    assert rmctl("why", "1", "--json").json == WAITS
+
+
+def test_events_are_read_to_the_end(rmctl: Any, fake: FakeClient) -> None:
+    fake.event_views = [event(seq, "JobSubmitted") for seq in range(1, 2502)]
+    assert len(rmctl("events", "--json").json) == 2501
+    assert [each["seq"] for each in rmctl("events", "--after", "2400", "--limit", "2", "--json").json] == [
+        2401,
+        2402,
+    ]
+    assert len(rmctl("events").out.splitlines()) == 2502
+
+
+# --- nodes -------------------------------------------------------------------------------------------------
+
+
+def test_nodes_shows_whose_the_gpus_are(rmctl: Any, fake: FakeClient) -> None:
+    fake.node_views = [
+        node("big", 8, charged=4, foreign=2, gpu_type="H100", jobs=("j1", "j2")),
+        node("huge", 64, charged=32),
+        node("head", 0),
+    ]
+    header, big, huge, head = rmctl("nodes").out.splitlines()
+    assert header.split() == ["NODE", "TYPE", "GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS"]
+    assert big.split()[:7] == ["big", "H100", "8", "████▒▒░░", "4", "2", "2"]
+    assert big.endswith("j1, j2")
+    assert "████████░░░░░░░░ " in huge
+    assert head.split()[:3] == ["head", "–", "0"]
+    assert rmctl("nodes", "--json").json[0]["foreign_gpus"] == 2
+
+
+# --- logs --------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_printed_as_they_were(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", "SUCCEEDED"))
+    fake.output = {
+        (0, "out"): b"\x1b[32mgreen\x1b[0m [red]\n",
+        (0, "err"): b"warning\n",
+        (1, "out"): b"other\n",
+    }
+    assert rmctl("logs", "1", "--rank", "0", "--stdout").out == "\x1b[32mgreen\x1b[0m [red]\n"
+    assert rmctl("logs", "1", "--stderr").out == "warning\n"
+    assert rmctl("logs", "-f", "1", "--stdout").out.splitlines()[1] == "[rank 1] other"
+
+
+def test_logs_of_a_silent_job_say_so_beside_stdout(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", "QUEUED"))
+    ran = rmctl("logs", "1")
+    assert (ran.code, ran.out) == (0, "")
+    assert "QUEUED" in ran.err
+
+
+# --- cancel and wait ---------------------------------------------------------------------------------------
+
+
+def test_cancel_goes_on_after_an_unknown_id(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1"), view("j3"))
+    ran = rmctl("cancel", "1", "2", "3", "3", "--wait")
+    assert ran.code == 2
+    assert ran.err.startswith("error: no job 'j2'")
+    assert ran.out.split() == ["j1", "CANCELLED", "j3", "CANCELLED"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 1), ("TIMED_OUT", 1)]
+)
+def test_wait_succeeds_only_if_all_did(rmctl: Any, fake: FakeClient, status: str, code: int) -> None:
+    fake.add(view("j1", "SUCCEEDED"), view("j2", status))
+    assert rmctl("wait", "1", "2").code == code
+    ran = rmctl("wait", "1", "2", "--json")
+    assert (ran.code, [each["status"] for each in ran.json]) == (code, ["SUCCEEDED", status])
+
+
+def test_wait_gives_up_in_time(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1"))
+    ran = rmctl("wait", "1", "--timeout", "0")
+    assert ran.code == 2
+    assert "still RUNNING" in ran.err

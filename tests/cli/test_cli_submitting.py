@@ -1,0 +1,105 @@
+"""From words on a command line to the request that the allocator gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_client import FakeClient
+
+from rm.core.model import Kind, Strategy
+
+
+def test_every_option_arrives_in_the_request(
+    rmctl: Any, fake: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text("pass")
+    monkeypatch.setenv("FROM_HERE", "there")
+    ran = rmctl(
+        "submit", "--nodes", "2", "--gpus-per-node", "4", "--name", "big", "--gpu-type", "A100,H100",
+        "--cpus-per-gpu", "2.5", "--memory-per-gpu", "16GiB", "--strategy", "spread", "--nproc-per-node", "gpu",
+        "--time-limit", "90m", "--grace", "5s", "--priority", "high", "--queue", "default", "--max-retries", "2",
+        "--max-infra-retries", "0", "--env", "A=1=2", "-e", "FROM_HERE", "--env", "EMPTY=", "--label", "zone=a",
+        "--pip", "numpy<3", "--working-dir", str(tmp_path), "--", "python", "a.py", "--lr", "0.1", "-g", "7",
+    )  # fmt: skip
+    assert (ran.code, ran.out) == (0, "j1\n")
+    (spec,) = fake.submitted
+    needs = spec.resources
+    assert (needs.num_gpus, needs.nodes, needs.gpus_per_node) == (None, 2, 4)
+    assert (needs.gpu_type, needs.cpus_per_gpu, needs.memory_per_gpu) == (("A100", "H100"), 2.5, 16 * 2**30)
+    assert (needs.strategy, needs.labels) == (Strategy.SPREAD, {"zone": "a"})
+    assert (spec.kind, spec.command) == (Kind.COMMAND, ("python", "a.py", "--lr", "0.1", "-g", "7"))
+    assert (spec.name, spec.owner, spec.queue, spec.priority) == ("big", "ada", "default", 100)
+    assert (spec.nproc_per_node, spec.time_limit_s, spec.grace_s) == ("gpu", 5400, 5)
+    assert (spec.max_retries, spec.max_infra_retries, spec.ttl_s) == (2, 0, None)
+    assert spec.env == {"A": "1=2", "FROM_HERE": "there", "EMPTY": ""}
+    assert spec.runtime_env == {"pip": ["numpy<3"]}
+    assert spec.working_dir_sha256
+
+
+def test_the_command_needs_no_dashes_and_keeps_its_own_options(rmctl: Any, fake: FakeClient) -> None:
+    assert rmctl("submit", "-g", "0.5", "python", "train.py", "--name", "its own").code == 0
+    assert fake.submitted[0].command == ("python", "train.py", "--name", "its own")
+    assert fake.submitted[0].resources.num_gpus == 0.5
+
+
+def test_one_word_is_a_shell_command_line(rmctl: Any, fake: FakeClient) -> None:
+    assert rmctl("submit", "-g", "1", "a && b > c").code == 0
+    assert fake.submitted[0].command == ("bash", "-c", "a && b > c")
+
+
+def test_submit_starts_an_allocator_and_looking_does_not(rmctl: Any, fake: FakeClient) -> None:
+    rmctl("--address", "127.0.0.1:1", "submit", "-g", "1", "x")
+    rmctl("ls")
+    assert fake.connected == [("127.0.0.1:1", True), (None, False)]
+
+
+def test_submit_as_json(rmctl: Any, fake: FakeClient) -> None:
+    ran = rmctl("submit", "-g", "1", "--json", "x")
+    assert ran.json == {"id": "j1"}
+    assert ran.err == ""
+
+
+def test_requirements_files_are_read_here(rmctl: Any, fake: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("# ours\nnumpy<3\n\n  rich\n")
+    rmctl("submit", "-g", "1", "--pip", str(tmp_path / "requirements.txt"), "--pip", "six", "x")
+    assert fake.submitted[0].runtime_env == {"pip": ["numpy<3", "rich", "six"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("x",), "how many GPUs"),
+        (("-g", "two", "x"), "num_gpus: must be a number of GPUs, not 'two'"),
+        (("-g", "1.5", "x"), "whole number"),
+        (("-g", "-1", "x"), "more than 0"),
+        (("-g", "nan", "x"), "more than 0"),
+        (("-g", "inf", "x"), "at most"),
+        (("-g", "1", "--gpus-per-node", "1", "x"), "not both"),
+        (("-g", "1", "--env", "RM_SURELY_NOT_SET", "x"), "--env RM_SURELY_NOT_SET=VALUE"),
+        (("-g", "1", "--env", "=1", "x"), "KEY=VALUE"),
+        (("-g", "1", "--label", "zone", "x"), "label: must be KEY=VALUE"),
+        (("-g", "1", "--time-limit", "soon", "x"), "time_limit: must be a duration"),
+        (("-g", "1", "--strategy", "TIGHT", "x"), "STRICT_PACK"),
+        (("-g", "1", "--priority", "urgent", "x"), "low, normal, high"),
+        (("-g", "1", "--pip", "/no/such/requirements.txt", "x"), "can't be read"),
+        (("-g", "1", "--working-dir", "/no/such", "x"), "does not exist"),
+        (("-g", "1", "--name", "a\nb", "x"), "printable"),
+        (("-g", "1", "  "), "command"),
+        (("-g", "1"), "Missing argument"),
+        (("--num-gpu", "1", "x"), "--num-gpus"),
+        (("--nodes", "two", "x"), "--nodes"),
+    ],
+)
+def test_what_can_not_be_meant_is_one_line_and_code_2(
+    rmctl: Any, fake: FakeClient, words: tuple[str, ...], said: str
+) -> None:
+    ran = rmctl("submit", *words)
+    assert ran.code == 2
+    assert ran.out == ""
+    first, *hints = ran.err.splitlines()
+    assert first.startswith("error: ")
+    assert said in first
+    assert all(each.startswith("hint: ") for each in hints)
+    assert not fake.submitted

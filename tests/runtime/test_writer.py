@@ -1,0 +1,227 @@
+"""The writer with a real SQLite ledger and a world that answers at once: durability, grouping, failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rm.core.effects import Effect, Release, Reserve, Run
+from rm.core.events import (
+    NodeJoined,
+    PlacementReady,
+    PlacementReleased,
+    RunExited,
+    RunStarted,
+    StopRequested,
+)
+from rm.core.model import Gang, Kind, Outcome, Status, StopCause
+from rm.core.resources import GPU_UNIT, Bundle
+from rm.errors import Busy, LedgerUnavailable
+from rm.ledger import Batch, Ledger
+from rm.runtime import writer as writer_module
+from rm.runtime.writer import Writer
+from rm.spec import JobSpec, build_spec
+
+
+class Flaky:
+    """A ledger whose commits fail on demand, before or after they were made."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.fail: list[str] = []
+        self.commits = 0
+
+    def commit(self, batch: Batch) -> None:
+        fate = self.fail.pop(0) if self.fail else "ok"
+        if fate == "before":
+            raise LedgerUnavailable("disk full")
+        self.ledger.commit(batch)
+        self.commits += 1
+        if fate == "after":
+            raise LedgerUnavailable("connection lost")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ledger, name)
+
+
+class World:
+    """Answers every effect with its event, at once, and counts how often each was asked for."""
+
+    def __init__(self) -> None:
+        self.writer: Writer | None = None
+        self.hold_runs = False
+        self.asked: list[tuple[str, str, int]] = []
+
+    def execute(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            self.asked.append((type(effect).__name__, effect.job_id, effect.attempt))
+            asyncio.get_running_loop().call_soon(self.answer, effect)
+
+    def answer(self, effect: Effect) -> None:
+        assert self.writer is not None
+        key = effect.job_id, effect.attempt
+        if isinstance(effect, Reserve):
+            self.writer.post(PlacementReady(1, *key))
+        elif isinstance(effect, Run):
+            self.writer.post(RunStarted(1, *key))
+            if not self.hold_runs:
+                self.writer.post(RunExited(2, *key, Outcome(Status.SUCCEEDED)))
+        elif isinstance(effect, Release):
+            self.writer.post(PlacementReleased(3, *key))
+
+
+def draft(key: str, gpus: int = 1) -> tuple[JobSpec, str, Any]:
+    spec = build_spec(kind=Kind.COMMAND, command=("true",), num_gpus=gpus, owner="a")
+    gang = Gang(Bundle(gpus * GPU_UNIT))
+    return spec, key, lambda job_id, seq: spec.job(job_id, seq, gang, 0.0)
+
+
+async def until(condition: Any, timeout_s: float = 10) -> None:
+    async def poll() -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(poll(), timeout_s)
+
+
+def with_writer(tmp_path: Path, body: Any, gpus: int = 4, **options: Any) -> None:
+    """Run `body(writer, world, ledger)` in a loop with a started writer."""
+
+    async def main() -> None:
+        ledger = Flaky(Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite"))
+        world = World()
+        writer = Writer(ledger, clock=lambda: 0.0, execute=world.execute, check=True, **options)  # type: ignore[arg-type]
+        world.writer = writer
+        writer.recover()
+        writer.post(NodeJoined(0, "n", "n", gpus, 8000, 2**30))
+        writer.start_scheduling()
+        task = asyncio.create_task(writer.run())
+        try:
+            await body(writer, world, ledger)
+        finally:
+            writer.stop()
+            await asyncio.wait_for(task, 10)
+            ledger.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "RETRY_S", 0.02)
+
+
+def test_jobs_run_to_their_end_and_the_ledger_agrees(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        ids = await writer.submit([draft(f"k{i}") for i in range(50)])
+        await until(lambda: len(writer.view().ended) == 50)
+        assert [ledger.job(i).job.status for i in ids] == [Status.SUCCEEDED] * 50
+        assert ledger.load().jobs == []
+        assert writer.state.totals().charged == 0
+
+    with_writer(tmp_path, body)
+
+
+def test_what_comes_while_a_commit_is_under_way_is_grouped(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        await asyncio.gather(*(writer.submit([draft(f"k{i}", 100)]) for i in range(200)))
+        assert ledger.commits < 20
+
+    with_writer(tmp_path, body)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failed_commit_is_no_acknowledgement_and_loses_no_fact(tmp_path: Path, when: str) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        (first,) = await writer.submit([draft("a")])
+        await until(lambda: first in writer.view().ended)
+        ledger.fail = [when]
+        with pytest.raises(LedgerUnavailable):
+            await writer.submit([draft("b")])
+        made = ledger.submitted(["b"])
+        assert bool(made) == (when == "after")
+        if made:  # the commit had been made: the job runs all the same, and the key finds it
+            await until(lambda: made["b"] in writer.view().ended)
+        (third,) = await writer.submit([draft("c")])
+        await until(lambda: third in writer.view().ended)
+        assert writer.broken is None
+
+    with_writer(tmp_path, body)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("good", [1, 2, 3, 4])
+def test_the_ledger_fails_at_any_point_of_a_job_and_it_still_ends_once(tmp_path: Path, good: int, when: str) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        ledger.fail = ["ok"] * good + [when] * 3
+        (job,) = await writer.submit([draft("a")])
+        await until(lambda: job in writer.view().ended)
+        assert writer.view().ended[job].status is Status.SUCCEEDED
+        assert writer.view().ended[job].attempts == 1
+        kinds = [event.kind for event in ledger.events(job)]
+        assert kinds.count("RunExited") == kinds.count("PlacementReleased") == kinds.count("JobAdmitted") == 1
+
+    with_writer(tmp_path, body)
+
+
+def test_a_restart_resumes_what_was_under_way(tmp_path: Path) -> None:
+    async def first(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        await writer.submit([draft("a", 4), draft("b", 4)])
+        await until(lambda: any(j.status is Status.RUNNING for j in writer.view().jobs.values()))
+
+    async def second(writer: Writer, world: World, ledger: Flaky) -> None:
+        assert world.asked[0] == ("Run", "j1", 1), "the run is adopted, not started anew"
+        await until(lambda: len(writer.view().ended) == 2)
+        assert [j.attempts for j in writer.view().ended.values()] == [1, 1]
+
+    with_writer(tmp_path, first)
+    with_writer(tmp_path, second)
+
+
+def test_a_bound_on_what_waits(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        await writer.submit([draft(f"k{i}", 100) for i in range(10)])
+        with pytest.raises(Busy, match="RM_MAX_PENDING"):
+            await writer.submit([draft("more", 100)])
+
+    with_writer(tmp_path, body, max_pending=10)
+
+
+def test_a_broken_event_does_not_stop_the_writer(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        writer.post(object())  # type: ignore[arg-type]
+        (job,) = await writer.submit([draft("a")])
+        await until(lambda: job in writer.view().ended)
+
+    async def retried(writer: Writer, world: World, ledger: Flaky) -> None:
+        try:
+            await body(writer, world, ledger)
+        except Exception:  # the submission shared its batch with the broken event: nothing was accepted
+            assert ledger.submitted(["a"]) == {}
+            (job,) = await writer.submit([draft("a")])
+            await until(lambda: job in writer.view().ended)
+
+    with_writer(tmp_path, retried)
+
+
+def test_watchers_are_told_of_commits(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        (job,) = await writer.submit([draft("a")])
+        await until(lambda: writer.view().jobs[job].status is Status.RUNNING)
+        waiting: list[Coroutine[Any, Any, None]] = [writer.changed(job, 10) for _ in range(3)]
+        tasks = [asyncio.create_task(each) for each in waiting]
+        await asyncio.sleep(0)
+        await writer.request(StopRequested(5, job, StopCause.CANCELLED, "me"))
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        assert writer.view().jobs[job].status is Status.STOPPING
+        writer.post(RunExited(6, job, 1, Outcome(Status.FAILED, "stopped", signal=15)))
+        await until(lambda: job in writer.view().ended)
+        assert writer.view().ended[job].status is Status.CANCELLED
+
+    with_writer(tmp_path, body)
