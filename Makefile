@@ -28,7 +28,7 @@ unit: $(STAMP)
 
 # The ledger is tested against a real PostgreSQL server. Where none is installed and we may install one, do.
 services: $(STAMP)
-	@$(BIN)/python tests/ledger/find_postgres.py >/dev/null 2>&1 || \
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y postgresql >/dev/null; } || \
 	  echo "no PostgreSQL server here: its tests are skipped (Debian: apt-get install postgresql)"

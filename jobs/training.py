@@ -132,10 +132,13 @@ def fit(gang: Gang, model: nn.Module, batch_loss: BatchLoss, args: Namespace, da
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["data"] = hashlib.sha256(data).hexdigest()
     checkpoint = Checkpoint(gang, path, parts, settings)
-    seed_rank(gang, args.seed)
-    first = checkpoint.restore()
     module = DistributedDataParallel(model) if gang.world_size > 1 else model
     module.train()
+    if gang.world_size > 1:
+        with gang.autocast():
+            _settle(module, batch_loss)
+    seed_rank(gang, args.seed)
+    first = checkpoint.restore()
     for step in range(first, args.steps):
         with gang.autocast():
             loss = batch_loss(module, step)
@@ -153,6 +156,16 @@ def fit(gang: Gang, model: nn.Module, batch_loss: BatchLoss, args: Namespace, da
             gang.say(f"stopped at step {done} of {args.steps}")
             raise SystemExit(STOPPED)
         time.sleep(args.step_delay)
+
+
+def _settle(module: nn.Module, batch_loss: BatchLoss) -> None:
+    """One backward pass for nothing, before any state that counts is set.
+
+    DistributedDataParallel orders its buckets anew after the first one, and from three ranks on a sum's last
+    bits depend on that order. Without this, a resumed run would take one step in the old order, in mid-training.
+    """
+    batch_loss(module, 0).backward()
+    module.zero_grad(set_to_none=True)
 
 
 def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

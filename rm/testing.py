@@ -75,7 +75,7 @@ class FakeCluster:
     def lose_node(self, node_id: str) -> None:
         """The node dies: its bundles are gone at once, and every attempt that had one there is lost."""
         for (job_id, attempt), nodes in list(self.held.items()):
-            if node_id in nodes and self._running.pop((job_id, attempt), None):
+            if node_id in nodes and self._running.pop((job_id, attempt), ""):
                 self._later(0.0, RunLost(self.now, job_id, attempt, f"node {node_id} died"))
         self.happen(NodeLost(self.now, node_id))
 

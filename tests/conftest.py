@@ -6,6 +6,7 @@ Every test on it starts and ends with nothing charged, no group and no user proc
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,13 @@ import pytest
 from probes import MARK, assert_nothing_left, wait_until
 
 REPO = Path(__file__).resolve().parent.parent
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+"""As in a user's shell with the environment activated: `python` is ours."""
 os.environ[MARK] = f"{os.getpid()}"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ["RUNTIME_ENV_RETRY_TIMES"] = "0"
-"""Ray retries a failing pip install three times with pauses; the tests need to see it fail once."""
+os.environ["RUNTIME_ENV_RETRY_TIMES"] = "1"
+"""Ray retries a failing pip install three times with pauses; one try is enough to see it fail."""
 os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
 
@@ -67,3 +70,21 @@ def client(ray_cluster: SimpleNamespace) -> Iterator[Any]:
         wait_until(lambda: not client.jobs(), 60, "all jobs ended")
     finally:
         assert_nothing_left(client)
+
+
+@pytest.fixture(scope="session")
+def postgres_url_of_the_day() -> Iterator[str]:
+    """A database of a real PostgreSQL server that this run starts; "" where no server is installed."""
+    sys.path.insert(0, str(REPO / "tests" / "ledger"))
+    from ledger_server import Server, find_binaries
+
+    binaries = find_binaries()
+    if binaries is None:
+        yield ""
+        return
+    server = Server(binaries)
+    try:
+        server.start()
+        yield server.url(server.database())
+    finally:
+        server.stop()

@@ -64,3 +64,24 @@ def user_processes() -> dict[int, str]:
         if any(each.startswith(b"RM_ATTEMPT_KEY=") for each in environ) and command:
             found[pid] = command
     return found
+
+
+def actor_pids() -> dict[str, int]:
+    """Live actors by name, from the GCS's own table: "store", "rm/<ledger>/<attempt>/<bundle>", … → pid."""
+    from ray._private.state import actors
+
+    return {each["Name"]: each["Pid"] for each in actors().values() if each["State"] == "ALIVE"}
+
+
+def processes_with(variable: str, *marks: str, command: str = "") -> list[int]:
+    """Processes whose environment has `variable` and whose command line holds `command`: pids."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if f"{variable}=" in environ and command in line and all(mark in environ for mark in marks):
+            found.append(pid)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,37 +10,165 @@ import typer
 
 from rm import tables
 from rm.cli.screen import note, show, show_json
-from rm.cli.session import AsJson, connect
-from rm.errors import AllocatorUnavailable, InvalidSpec, NoCluster
+from rm.cli.session import AsJson, connect, settings
+from rm.errors import AllocatorUnavailable, InvalidSpec
 
 if TYPE_CHECKING:
-    from rm.client import Client
+    from rm.runtime.local import LocalRay
 
 
 def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
-    """Each node's GPUs: in all, held by jobs of rm, held by other work, free."""
+    """Each node's GPUs: held by jobs of rm, by other work, free."""
     views = connect(ctx).nodes()
     if as_json:
         show_json([view.to_dict() for view in views])
-        return 0
-    if not views:
+    elif views:
+        ascii_only = not tables.console().encoding.startswith("utf")
+        show(tables.nodes_table(views, ascii_only))
+    else:
         note("the cluster has no nodes")
-        return 0
-    screen = tables.console()
-    show(tables.nodes_table(views, ascii_only=not screen.encoding.startswith("utf")))
     return 0
+
+
+# --- start ---------------------------------------------------------------------------------------------------
+
+
+def start(
+    ctx: typer.Context,
+    local: Annotated[bool, typer.Option("--local", help="Start a Ray on this machine first.")] = False,
+    num_gpus: Annotated[
+        int | None, typer.Option("--num-gpus", "-g", min=0, metavar="N", help="With --local: GPUs to offer.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Find the allocator, or start it; with --local a Ray cluster too.
+
+    With --local, Ray runs on this machine alone, reachable from this machine alone, until `rmctl stop`. It offers
+    the machine's GPUs; where there are none, logical ones that are only counted.
+    """
+    if num_gpus is not None and not local:
+        raise InvalidSpec(
+            "num_gpus: only with --local; a running cluster has the GPUs that it has", field="num_gpus"
+        )
+    if local and ctx.obj:
+        raise InvalidSpec(
+            "address: names a cluster that runs; --local starts one. Give one of them", field="address"
+        )
+    ray = _local_ray(num_gpus) if local else None
+    client = connect(ctx, start=True, address=ray.address if ray else None)
+    hello, found = client.hello(), client.nodes()
+    facts = {
+        "allocator": f"ray-rm {hello['version']}, pid {hello['pid']}, {hello['live_jobs']} live jobs",
+        "home": hello["home"],
+        "ledger": hello["ledger_url"],
+        "GPUs": f"{sum(node.free_gpus for node in found):g} of {sum(node.gpus for node in found):g} free",
+    }
+    if ray:
+        facts |= {"Ray": ray.address, "dashboard": ray.dashboard_url, "its GPUs": ray.describe_gpus()}
+    exports = _exports(ray) if ray else {}
+    if as_json:
+        show_json({**hello, "address": ray.address if ray else None, "exports": exports})
+        return 0
+    show(tables.facts_table(facts.items()), "")
+    if exports:
+        show(
+            "In every shell that is to use it:",
+            *(f"  export {name}={value}" for name, value in exports.items()),
+            "",
+        )
+    show("Next:", "  rmctl run -g 1 -- python train.py", "  rmctl ls", *(["  rmctl stop"] if ray else []))
+    return 0
+
+
+def _local_ray(num_gpus: int | None) -> LocalRay:
+    """The Ray that an earlier `start --local` left running, else a new one."""
+    from rm.runtime.local import LocalRay
+
+    home = settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    running = LocalRay.find(home)
+    if running is None:
+        note("starting Ray on this machine …")
+        return LocalRay.start(num_gpus, fate_share=False, home=home)
+    if num_gpus not in (None, running.num_gpus):
+        raise InvalidSpec(
+            f"num_gpus: the local Ray runs already, with {running.num_gpus} GPUs; `rmctl stop` ends it",
+            field="num_gpus",
+        )
+    return running
+
+
+def _exports(ray: LocalRay) -> dict[str, str]:
+    """What another shell needs to find it: for drivers, for `ray job submit`, and the token mode where it is on."""
+    exports = {"RAY_ADDRESS": ray.address}
+    if ray.dashboard_url:
+        exports["RAY_API_SERVER_ADDRESS"] = ray.dashboard_url
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        exports["RAY_AUTH_MODE"] = "token"
+    return exports
+
+
+# --- stop ----------------------------------------------------------------------------------------------------
+
+
+def stop(
+    ctx: typer.Context,
+    cancel_jobs: Annotated[bool, typer.Option("--cancel-jobs", help="End live jobs first.")] = False,
+    keep_jobs: Annotated[
+        bool, typer.Option("--keep-jobs", help="Leave them running; the next allocator takes them over.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """End the allocator, and the Ray that `start --local` began.
+
+    Refused while jobs live, unless you say what is to become of them. Any other Ray is left alone.
+    """
+    if cancel_jobs and keep_jobs:
+        raise InvalidSpec("keep_jobs: either --cancel-jobs or --keep-jobs", field="keep_jobs")
+    from rm.runtime.local import LocalRay
+
+    ray = LocalRay.find(settings().home)
+    address = ctx.obj or os.environ.get("RAY_ADDRESS") or (ray.address if ray else None)
+    if ray and address != ray.address:
+        ray = None  # another cluster is meant
+    stopped: dict[str, Any] = {"allocator": "stopped", "ray": "left running"}
+    try:
+        client = connect(ctx, address=address)
+    except AllocatorUnavailable as error:
+        if ray is None:
+            raise
+        stopped["allocator"] = f"not running ({error.message})"
+    else:
+        stopped["home"] = client.hello()["home"]
+        client.stop_allocator(cancel_jobs=cancel_jobs, keep_jobs=keep_jobs)
+    if ray and not keep_jobs:
+        ray.stop()
+        stopped["ray"] = "ended"
+    if as_json:
+        show_json(stopped)
+    else:
+        show(tables.facts_table(stopped.items()))
+    if ray and keep_jobs:
+        note(f"Ray stays up at {ray.address} for the jobs; `rmctl start` takes them over again")
+    return 0
+
+
+# --- the rest ------------------------------------------------------------------------------------------------
 
 
 def demo(
     num_gpus: Annotated[
         int | None,
-        typer.Option("--num-gpus", "-g", min=1, help="Instead of the machine's own: so many logical ones."),
+        typer.Option("--num-gpus", "-g", min=1, metavar="N", help="Else the machine's, or 2 logical ones."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The steps as JSON on stdout; what happens on stderr.")
+        bool, typer.Option("--json", help="The steps on stdout, what happens on stderr.")
     ] = False,
 ) -> int:
-    """Watch the whole of it in half a minute: two trainings that need the same GPUs, on a Ray of their own."""
+    """Watch the whole of it: two trainings that need the same GPUs.
+
+    On a Ray of its own that ends with it, so nothing that runs already is touched. Half a minute.
+    """
     from rm.demo import demo
 
     story = demo(num_gpus, sys.stderr if as_json else sys.stdout)
@@ -50,7 +178,7 @@ def demo(
 
 
 def version(as_json: AsJson = False) -> int:
-    """Versions of rm, Ray and Python here."""
+    """Versions of rm, Ray and Python."""
     from importlib.metadata import PackageNotFoundError, version
 
     import rm
@@ -63,13 +191,5 @@ def version(as_json: AsJson = False) -> int:
     if as_json:
         show_json(versions)
     else:
-        print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    return 0
-
-
-def start():
-    return 0
-
-
-def stop():
+        show(", ".join(f"{name} {number}" for name, number in versions.items()))
     return 0

@@ -34,7 +34,8 @@ def note(text: str) -> None:
 
 def say_error(error: RmError | str, label: str = "error") -> None:
     """One line, however many the message has."""
-    text = " ".join(str(error).split())
+    # Not str(error): where it was raised in an actor, Ray makes that a traceback.
+    text = " ".join((error.message if isinstance(error, RmError) else error).split())
     print(f"{label}: {plain(text, len(text))}", file=sys.stderr, flush=True)
 
 

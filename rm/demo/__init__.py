@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from rm import tables
 from rm.demo.sandbox import local_ray, private_directory, training, training_scripts
@@ -29,19 +29,22 @@ MEASURED = re.compile(r"^(test accuracy|final loss) ([0-9.]+)", re.MULTILINE)
 
 
 def demo(num_gpus: int | None, file: IO[str]) -> Story:
-    """Run it and tell it on `file`. Raises RmError where a step could not be done. Nothing is left behind either way."""
+    """Run it and tell it on `file`. Raises RmError where it can't be run. Nothing is left behind either way."""
     began = time.monotonic()
     before = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         with Stage(file) as stage, private_directory() as directory:
             stage.wait_for("starting a Ray of its own, and the allocator")
-            with local_ray(directory, num_gpus) as (address, described):
-                stage.say(described)
-                story = _play(stage, _client(address, directory))
+            with local_ray(directory, num_gpus) as ray:
+                stage.say(f"GPUs: {ray.describe_gpus()}.")
+                story = _play(stage, _client(ray.address, directory))
             stage.wait_for("ending Ray")
         story.took_s = time.monotonic() - began
         _tell(stage, story)
         return story
+    except KeyboardInterrupt:
+        print("Interrupted. The demo's Ray has ended, and nothing of it is left.", file=file)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -51,7 +54,9 @@ def _client(address: str, directory: Path) -> Client:
     from rm.spec import Config
 
     # Said in full: RM_* variables of the environment are for the person's own allocator.
-    return connect(address, config=Config(home=directory / "home", ledger_url="", checkpoint_root=""))
+    client = connect(address, config=Config(home=directory / "home", ledger_url="", checkpoint_root=""))
+    signal.signal(signal.SIGTERM, _as_interrupt)  # again: Ray has put its own in place
+    return client
 
 
 def _play(stage: Stage, client: Client) -> Story:
@@ -62,8 +67,15 @@ def _play(stage: Stage, client: Client) -> Story:
     stage.say("")
     jobs: list[Job] = []
     for name in NAMES:
-        options: dict[str, Any] = {"working_dir": training_scripts(), "nproc_per_node": processes, "time_limit": TIME_LIMIT_S}
-        job = client.submit(command, name=name, num_gpus=gpus, max_infra_retries=0, **options)
+        job = client.submit(
+            [*command, "--seed", str(len(jobs))],
+            name=name,
+            num_gpus=gpus,
+            nproc_per_node=processes,
+            working_dir=training_scripts(),
+            time_limit=TIME_LIMIT_S,
+            max_infra_retries=0,
+        )
         stage.names[job.id] = name
         jobs.append(job)
     _watch(stage, client, jobs)
@@ -123,10 +135,9 @@ def _tell(stage: Stage, story: Story) -> None:
         stage.say(f"{name}: {story.statuses[name]}{', ' if told else ''}{told}")
     for failure in story.failures.values():
         stage.say(tables.plain(failure))
-    stage.say(
-        f"At the end {story.free_gpus:g} of {story.gpus:g} GPUs are free and {story.charged_gpus:g} are allocated. "
-        f"All of it took {story.took_s:.1f} s; Ray has ended and nothing is left."
-    )
+    free = f"{story.free_gpus:g} of {story.gpus:g} GPUs are free and {story.charged_gpus:g} allocated"
+    stage.say(f"{'' if story.succeeded else 'This is not as it should be. '}At the end {free}.")
+    stage.say(f"It took {story.took_s:.1f} s. Its Ray has ended, and nothing of it is left.")
 
 
 def _as_interrupt(_signum: int, _frame: FrameType | None) -> None:

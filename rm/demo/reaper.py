@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 VARIABLE = "RM_DEMO"
-PATIENCE_S = 5.0
+PATIENCE_S = 3.0
 """Ray's own processes end one another; so long they may take before they are killed."""
 LIMIT_S = 20.0
 LOOK_S = 0.05

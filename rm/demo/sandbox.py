@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rm.demo.reaper import LIMIT_S, VARIABLE
 from rm.errors import ClusterError
 
+if TYPE_CHECKING:
+    from rm.runtime.local import LocalRay
+
+LOGICAL_GPUS = 2
 REAPER = Path(__file__).with_name("reaper.py")
 
 
@@ -24,7 +29,7 @@ def private_directory() -> Iterator[Path]:
     it and removes it. The block's end waits for that.
     """
     mark = secrets.token_hex(16)
-    directory = Path(tempfile.mkdtemp(prefix="rm-demo-"))
+    directory = Path(tempfile.mkdtemp(prefix="rmd-", dir="/tmp"))  # short: Ray makes sockets in it
     # Its own session: Ctrl-C goes to the whole foreground group, and cleaning up must not be interrupted.
     reaper = subprocess.Popen(
         [sys.executable, "-I", "-S", str(REAPER), mark, str(directory)],
@@ -42,18 +47,20 @@ def private_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def local_ray(directory: Path, num_gpus: int | None) -> Iterator[tuple[str, str]]:
-    """A Ray on this machine that ends with the block or with this process: its address, and a word about its GPUs."""
-    import ray
+def local_ray(directory: Path, num_gpus: int | None) -> Iterator[LocalRay]:
+    """A Ray with so many GPUs, else the machine's, else two that are only counted. It ends with the block."""
+    from rm.runtime.local import LocalRay
 
-    from rm.runtime.local import LocalRay, describe_gpus
+    if num_gpus is None and not _has_gpus():
+        num_gpus = LOGICAL_GPUS
+    with LocalRay.start(num_gpus, temp_dir=directory, fate_share=True) as local:
+        yield local
 
-    local = LocalRay.start(directory, num_gpus=num_gpus, fate_share=True)
-    try:
-        yield local.address, describe_gpus(num_gpus)
-    finally:
-        ray.shutdown()  # a driver whose cluster vanishes would die with it
-        local.stop()
+
+def _has_gpus() -> bool:
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    return bool(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
 
 
 def training_scripts() -> Path:

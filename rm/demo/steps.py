@@ -118,9 +118,15 @@ def _step(name: str, first: EventView, last: EventView, began: float, whole: boo
         free_after=last.free_after,
         charged_before=before.charged_before,
         charged_after=last.charged_after,
-        what=tables.sentence(first if name == "allocate" else last),
+        what=_what(name, first, last),
         events=(first.seq, last.seq) if whole and first is not last else (last.seq,),
     )
+
+
+def _what(name: str, first: EventView, last: EventView) -> str:
+    if name == "run" and first is not last:
+        return f"{tables.sentence(first)}: {tables.sentence(last)}"
+    return tables.sentence(first if name == "allocate" else last)
 
 
 def steps_table(found: Iterable[Step], names: dict[str, str]) -> Table:

@@ -59,7 +59,7 @@ def _make(url: URL, path: Path) -> None:
     """A new, complete ledger at `path`. If somebody else makes it at the same time, theirs stands."""
     for suffix in ("-wal", "-journal"):
         orphan = path.with_name(path.name + suffix)
-        if orphan.exists():
+        if orphan.exists() and not path.exists():  # asked last: somebody may be making it right now
             raise LedgerUnavailable(
                 f"the ledger {path} is gone but {orphan} is still there: restore the ledger, or delete "
                 f"{orphan.name} to start with an empty one"

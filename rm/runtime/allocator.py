@@ -14,7 +14,7 @@ import os
 import shlex
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import ray
@@ -25,7 +25,14 @@ from rm.core.events import StopRequested
 from rm.core.model import Job, Kind, Status, StopCause, attempt_key
 from rm.core.reasons import Reason
 from rm.core.shapes import resolve
-from rm.errors import AllocatorUnavailable, LeaseLost, LedgerUnavailable, UnknownJob, UnknownQueue
+from rm.errors import (
+    AllocatorUnavailable,
+    InvalidSpec,
+    LeaseLost,
+    LedgerUnavailable,
+    UnknownJob,
+    UnknownQueue,
+)
 from rm.ledger import Ledger
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
@@ -60,6 +67,7 @@ class Allocator:
         self._progress: dict[str, dict[str, Any]] = {}
         self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._holders = Holders()
+        self._submitting: dict[str, asyncio.Lock] = {}
         self._tasks: list[asyncio.Task[None]] = []
         # The constructor must return before the actor's event loop runs: the first call is our own.
         ray.get_runtime_context().current_actor.live.remote()
@@ -166,26 +174,43 @@ class Allocator:
         await self._up()
         if self._closing:
             raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
-        known = await asyncio.to_thread(self._ledger.submitted, keys)
-        drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]] = []
-        shapes = self._writer.state.node_shapes()
-        for spec, key in zip(specs, keys, strict=True):
-            if key in known:
-                continue
-            if spec.queue not in QUEUES:
-                raise UnknownQueue(
-                    f"queue: there is no queue {spec.queue!r}; known queues: {', '.join(sorted(QUEUES))}",
-                    field="queue",
-                )
-            gang = resolve(spec.resources.request(), shapes)
-            drafts.append((spec, key, _maker(spec, gang)))
-        accepted = iter(await self._writer.submit(drafts) if drafts else [])
+        if len(set(keys)) != len(keys):
+            raise InvalidSpec("keys: each job of one submission needs a key of its own", field="keys")
+        # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
+        async with self._one_submission(keys):
+            known = await asyncio.to_thread(self._ledger.submitted, keys)
+            drafts = self._drafts([(s, k) for s, k in zip(specs, keys, strict=True) if k not in known])
+            accepted = iter(await self._writer.submit(drafts) if drafts else [])
         ids = [known.get(key) or next(accepted) for key in keys]
         for spec, job_id in zip(specs, ids, strict=True):
             self._remember(job_id, spec)
             if spec.ttl_s is not None:
                 self._holders.add(job_id, spec.ttl_s)
         return ids
+
+    def _drafts(
+        self, requests: list[tuple[JobSpec, str]]
+    ) -> list[tuple[JobSpec, str, Callable[[str, int], Job]]]:
+        """Requests cut into gangs. Raises UnknownQueue, Infeasible, InvalidSpec."""
+        drafts = []
+        shapes = self._writer.state.node_shapes()
+        for spec, key in requests:
+            if spec.queue not in QUEUES:
+                raise UnknownQueue(
+                    f"queue: there is no queue {spec.queue!r}; known queues: {', '.join(sorted(QUEUES))}",
+                    field="queue",
+                )
+            drafts.append((spec, key, _maker(spec, resolve(spec.resources.request(), shapes))))
+        return drafts
+
+    @contextlib.asynccontextmanager
+    async def _one_submission(self, keys: list[str]) -> AsyncIterator[None]:
+        """Let calls with the same first key pass one after the other."""
+        lock = self._submitting.setdefault(keys[0] if keys else "", asyncio.Lock())
+        async with lock:
+            yield
+        if not lock.locked():
+            self._submitting.pop(keys[0] if keys else "", None)
 
     async def job(self, job_id: str) -> JobView:
         """One job, live or ended. Raises UnknownJob."""

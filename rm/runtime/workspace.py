@@ -121,6 +121,7 @@ class Workspace:
             "MASTER_ADDR": order.master_address,
             "MASTER_PORT": str(order.master_port),
         }
+        env["PWD"] = cwd
         env |= order.env
         env |= {
             ATTEMPT_KEY: order.key,

@@ -196,7 +196,11 @@ class Writer:
         """Apply, schedule, commit, act. True where the commit failed."""
         rows, effects, refused = self._decide(inbox)
         changed = self.state.take_changes()
-        accepted = [each.accepted for each in inbox if isinstance(each, _Request) and each.accepted]
+        accepted = [
+            each.accepted
+            for each in inbox
+            if isinstance(each, _Request) and each.accepted and each not in refused
+        ]
         if rows or changed:
             try:
                 await asyncio.to_thread(self._ledger.commit, Batch(accepted, rows, changed))

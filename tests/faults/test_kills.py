@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from probes import user_processes, wait_until
+from probes import actor_pids, user_processes, wait_until
 
 pytestmark = pytest.mark.ray
-
-
-def actor_pids() -> dict[str, int]:
-    """Live actors by name, from the GCS's own table: "store", "rm/<ledger>/<attempt>/<bundle>", … → pid."""
-    from ray._private.state import actors
-
-    return {each["Name"]: each["Pid"] for each in actors().values() if each["State"] == "ALIVE"}
 
 
 def runner_pid(client, bundle: str) -> int:

@@ -1,0 +1,100 @@
+"""`rmctl demo` for real, as a process of its own: what it tells, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.own_ray
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RMCTL = [sys.executable, "-c", "from rm.cli import main; main()"]
+
+
+@pytest.fixture
+def mark() -> Iterator[dict[str, str]]:
+    """An environment for one demo. Afterwards no process that has it may be left, nor a directory."""
+    before = directories()
+    mark = uuid.uuid4().hex
+    yield {**os.environ, "RM_TEST_DEMO": mark, "PYTHONPATH": str(REPOSITORY)}
+    deadline = time.monotonic() + 15
+    while (left := processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == {}
+    assert directories() <= before
+
+
+def processes(mark: str) -> dict[int, str]:
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"RM_TEST_DEMO={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")[:200]
+        except OSError:
+            continue
+    return found
+
+
+def directories() -> set[Path]:
+    return set(Path("/tmp").glob("rmd-*"))
+
+
+def test_the_main_job_as_the_ledger_has_it(mark: dict[str, str]) -> None:
+    ran = subprocess.run([*RMCTL, "demo", "--json"], capture_output=True, text=True, env=mark, timeout=170, check=False)
+    assert ran.returncode == 0, ran.stderr
+    story = json.loads(ran.stdout)
+    gpus = story["gpus"]
+    assert gpus > 0
+    assert story["statuses"] == {"first": "SUCCEEDED", "second": "SUCCEEDED"}
+    assert (story["free_gpus"], story["charged_gpus"]) == (gpus, 0)
+    found: list[dict[str, Any]] = story["steps"]
+    assert [each["at"] for each in found] == sorted(each["at"] for each in found)
+    assert [each["step"] for each in found if each["name"] == "first"] == [
+        "request", "check", "allocate", "run", "release"
+    ]  # fmt: skip
+    assert [each["step"] for each in found if each["name"] == "second"] == [
+        "request", "check", "wait, check", "allocate", "run", "release"
+    ]  # fmt: skip
+    of = {(each["name"], each["step"]): each for each in found}
+    for name in ("first", "second"):
+        assert numbers(of[name, "allocate"]) == (gpus, 0, 0, gpus)
+        assert numbers(of[name, "run"]) == (0, 0, gpus, gpus)
+        assert numbers(of[name, "release"]) == (0, gpus, gpus, 0)
+    assert of["second", "check"]["what"].startswith("WaitingForCapacity")
+    assert numbers(of["second", "check"]) == (0, 0, gpus, gpus)
+    released, admitted = of["first", "release"], of["second", "allocate"]
+    assert admitted["events"][0] > released["events"][-1], "allocated only after the first release was seen"
+    assert admitted["at"] - released["at"] < 2.0
+    for measured in story["measured"].values():
+        assert measured.get("test_accuracy", 1.0) > 0.9
+        assert measured.get("final_loss", 0.0) < 3.0
+        assert measured
+    assert "WaitingForCapacity" in ran.stderr, "what happens is told beside the JSON"
+
+
+def numbers(step: dict[str, Any]) -> tuple[float, float, float, float]:
+    return step["free_before"], step["free_after"], step["charged_before"], step["charged_after"]
+
+
+def test_killed_outright_it_leaves_nothing(mark: dict[str, str]) -> None:
+    demo = subprocess.Popen([*RMCTL, "demo", "-g", "1"], stdout=subprocess.PIPE, text=True, env=mark)
+    assert demo.stdout is not None
+    with demo.stdout:
+        for line in demo.stdout:
+            if "RunStarted" in line:
+                break
+        else:
+            pytest.fail("the demo ended before its first job ran")
+        assert len(processes(mark["RM_TEST_DEMO"])) > 5, "a whole Ray runs, with a job on it"
+        demo.send_signal(signal.SIGKILL)
+        assert demo.wait(10) == -signal.SIGKILL

@@ -1,0 +1,100 @@
+"""Real training through the allocator: our own jobs, and scripts that the repository has never seen."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from probes import actor_pids, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.torch]
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def weights(log: str) -> str:
+    """The hash of the final weights that the job printed."""
+    match = re.search(r"[0-9a-f]{64}", log)
+    assert match, log
+    return match[0]
+
+
+def test_digits_on_two_gpus_and_the_weights_survive_a_killed_runner(client) -> None:
+    command = "python jobs/train_digits.py --epochs 6 --checkpoint-every 20"
+    options = {"num_gpus": 2, "nproc_per_node": "gpu", "working_dir": REPO}
+    calm = client.submit(command, **options)
+    assert calm.wait(120).status == "SUCCEEDED"
+    accuracy = float(re.findall(r"test accuracy (0\.\d+)", calm.logs(rank=0))[-1])
+    assert accuracy >= 0.95
+    assert calm.progress["step"] == calm.progress["total"]
+
+    shaken = client.submit(f"{command} --step-delay 0.01", **options)
+    wait_until(lambda: shaken.progress.get("step", 0) > 40, 60, "it has trained past its second checkpoint")
+    os.kill(actor_pids()[f"rm/{client.hello()['ledger_key']}/{shaken.id}.1/0"], signal.SIGKILL)
+    view = shaken.wait(120)
+    assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
+    assert weights(shaken.logs(rank=0)) == weights(calm.logs(rank=0))
+
+
+def test_a_plain_ddp_script_over_two_nodes(client, tmp_path: Path) -> None:
+    (tmp_path / "ddp.py").write_text(
+        textwrap.dedent("""
+        import os, torch, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        dist.init_process_group("gloo")
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4) * (dist.get_rank() + 1)).mean().backward()
+            optimizer.step()
+        total = torch.tensor([float(dist.get_rank())])
+        dist.all_reduce(total)
+        print("sum of ranks", int(total), "local rank", os.environ["LOCAL_RANK"])
+        dist.destroy_process_group()
+        """)
+    )
+    job = client.submit("python ddp.py", nodes=2, gpus_per_node=8, nproc_per_node=1, working_dir=tmp_path)
+    assert job.wait(120).status == "SUCCEEDED", job.logs()
+    assert job.logs(rank=1) == "sum of ranks 1 local rank 0\n"
+
+
+def test_rmctl_run_streams_and_passes_the_exit_code_on(ray_cluster, client) -> None:
+    rmctl = [str(Path(sys.executable).parent / "rmctl"), "--address", ray_cluster.address]
+    good = subprocess.run(
+        [*rmctl, "run", "--num-gpus", "1", "--", "sh", "-c", "echo hello; exit 0"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert (good.returncode, good.stdout) == (0, "hello\n"), good.stderr
+    bad = subprocess.run(
+        [*rmctl, "run", "--num-gpus", "1", "--", "sh", "-c", "echo bad >&2; exit 7"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert bad.returncode == 7
+    assert "exited with code 7" in bad.stderr
+
+
+def test_ctrl_c_on_rmctl_run_cancels(ray_cluster, client) -> None:
+    rmctl = [str(Path(sys.executable).parent / "rmctl"), "--address", ray_cluster.address]
+    child = subprocess.Popen(
+        [*rmctl, "run", "--num-gpus", "1", "--name", "stop-me", "--", "sleep", "1000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    job = wait_until(lambda: client.jobs(name="stop-me"), 60, "the job is there")[0]
+    wait_until(lambda: job.status == "RUNNING", what="it runs")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert job.status == "CANCELLED"
