@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 100_000
 """Columns of a console that is no terminal: more than any table has."""
-LONGEST_CELL = 2_000
-"""Of a text that users wrote, so many characters are shown in a table."""
+LONGEST_METRIC = 60
+FOLDING = frozenset({"NAME", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
+"""Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
+NARROWEST = 10
 BAR_CELLS = 16
 STYLES = {
     "QUEUED": "yellow",
@@ -55,10 +58,9 @@ def write(screen: Console, what: RenderableType) -> None:
     screen.file.flush()
 
 
-def plain(text: object, most: int = LONGEST_CELL) -> str:
+def plain(text: object) -> str:
     """`text` on one line, with all that a terminal could take as an instruction written out as an escape."""
-    shown = "".join(each if each.isprintable() else _escaped(each) for each in str(text)[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+    return "".join(each if each.isprintable() else _escaped(each) for each in str(text))
 
 
 def _escaped(character: str) -> str:
@@ -106,7 +108,7 @@ def progress(view: JobView) -> str:
     step, total = metrics.pop("step", None), metrics.pop("total", None)
     words = [f"{step}/{total}" if total is not None else f"step {step}"] if step is not None else []
     words += [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"[:LONGEST_METRIC]
         for name, value in metrics.items()
     ]
     return " ".join(words)
@@ -135,18 +137,19 @@ def status(word: str) -> Text:
 
 def jobs_table(views: Iterable[JobView], now: float | None = None) -> Table:
     """One row per job; the last column says why it waits, how far it is, or how it ended."""
-    table = _table("ID", "NAME", "OWNER", "STATUS", "GPUS", "TIME", "NOTE", numbers={"GPUS"})
-    for view in views:
-        table.add_row(
+    rows = [
+        (
             view.id,
-            plain(view.name, 60),
-            plain(view.owner, 30),
+            plain(view.name),
+            plain(view.owner),
             status(view.status),
             gpus(view),
             times(view, now),
             plain(_note(view)),
         )
-    return table
+        for view in views
+    ]
+    return grid(("ID", "NAME", "OWNER", "STATUS", "GPUS", "TIME", "NOTE"), rows, numbers={"GPUS"})
 
 
 def _note(view: JobView) -> str:
@@ -161,13 +164,10 @@ def _note(view: JobView) -> str:
 
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them."""
-    numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
-    names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
-    table = _table(*names, numbers=numbers)
-    for view in views:
-        table.add_row(
-            plain(view.name, 60),
-            plain(view.gpu_type or "–", 30),
+    rows = [
+        (
+            plain(view.name),
+            plain(view.gpu_type or "–"),
             f"{view.gpus:g}",
             gpu_bar(view, ascii_only),
             f"{view.charged_gpus:g}",
@@ -177,7 +177,11 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
             f"{view.memory_bytes / 2**30:.1f} GiB",
             plain(", ".join(view.jobs)) or "–",
         )
-    return table
+        for view in views
+    ]
+    numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
+    names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
+    return grid(names, rows, numbers)
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
@@ -193,21 +197,22 @@ def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
 
 def events_table(views: Iterable[EventView], began: float | None = None) -> Table:
     """A timeline. Each row shows the GPUs of the whole cluster right before and after the event."""
-    names = ("TIME", "AFTER", "EVENT", "JOB", "FREE", "CHARGED", "WHAT")
-    table = _table(*names, numbers={"AFTER"})
+    rows = []
     for view in views:
         began = view.at if began is None else began
         at = datetime.fromtimestamp(view.at).astimezone()
-        table.add_row(
-            f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}",
-            f"{view.at - began:.3f} s",
-            view.kind,
-            plain(view.job_id or "–") + (f".{view.attempt}" if view.attempt else ""),
-            change(view.free_before, view.free_after),
-            change(view.charged_before, view.charged_after),
-            plain(sentence(view)),
+        rows.append(
+            (
+                f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}",
+                f"{view.at - began:.3f} s",
+                view.kind,
+                plain(view.job_id or "–") + (f".{view.attempt}" if view.attempt else ""),
+                change(view.free_before, view.free_after),
+                change(view.charged_before, view.charged_after),
+                plain(sentence(view)),
+            )
         )
-    return table
+    return grid(("TIME", "AFTER", "EVENT", "JOB", "FREE", "CHARGED", "WHAT"), rows, numbers={"AFTER"})
 
 
 def change(before: float, after: float) -> str:
@@ -258,14 +263,19 @@ def facts_table(rows: Iterable[tuple[str, object]]) -> Table:
     return table
 
 
-def _table(*names: str, numbers: set[str]) -> Table:
+def grid(names: Sequence[str], rows: Sequence[Sequence[str | Text]], numbers: set[str]) -> Table:
+    """A table without lines. Columns in `numbers` stand to the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for name in names:
-        last = name == names[-1]
+    for place, name in enumerate(names):
+        longest = max([len(name), *(cell_len(str(row[place])) for row in rows)])
+        folds = name in FOLDING
         table.add_column(
             name,
             justify="right" if name in numbers else "left",
-            no_wrap=not last,
-            overflow="fold" if last else "ellipsis",
+            no_wrap=not folds,
+            overflow="fold",
+            min_width=min(longest, NARROWEST) if folds else longest,
         )
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -28,6 +28,15 @@ os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n`: all that shares a cluster, a head or a server stays in one worker."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif item.get_closest_marker("own_ray") or item.get_closest_marker("postgres"):
+            item.add_marker(pytest.mark.xdist_group("alone"))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The shared cluster and a client of its allocator."""

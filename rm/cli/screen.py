@@ -36,7 +36,7 @@ def say_error(error: RmError | str, label: str = "error") -> None:
     """One line, however many the message has."""
     # Not str(error): where it was raised in an actor, Ray makes that a traceback.
     text = " ".join((error.message if isinstance(error, RmError) else error).split())
-    print(f"{label}: {plain(text, len(text))}", file=sys.stderr, flush=True)
+    print(f"{label}: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def exit_code(error: RmError) -> int:

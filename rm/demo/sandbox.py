@@ -78,7 +78,7 @@ def training(num_gpus: int) -> tuple[list[str], str | int, str]:
     """What to train on so many GPUs: the command, its processes per node, and a sentence about it."""
     if find_spec("torch") and find_spec("sklearn"):
         batch = num_gpus * max(1, 64 // num_gpus)  # must divide by the number of ranks
-        command = ["python", "train_digits.py", "--batch-size", str(batch)]
+        command = ["python", "train_digits.py", "--epochs", "8", "--batch-size", str(batch)]
         return (
             command,
             "gpu",

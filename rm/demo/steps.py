@@ -131,11 +131,8 @@ def _what(name: str, first: EventView, last: EventView) -> str:
 
 def steps_table(found: Iterable[Step], names: dict[str, str]) -> Table:
     """The steps for people. `names`: job id → what to call it."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for name in ("AT", "JOB", "STEP", "TOOK", "FREE", "ALLOCATED", "WHAT"):
-        table.add_column(name, justify="right" if name in ("AT", "TOOK") else "left", no_wrap=name != "WHAT")
-    for each in found:
-        table.add_row(
+    rows = [
+        (
             f"{each.at:.3f} s",
             tables.plain(names.get(each.job, each.job)),
             each.step,
@@ -144,4 +141,8 @@ def steps_table(found: Iterable[Step], names: dict[str, str]) -> Table:
             tables.change(each.charged_before, each.charged_after),
             tables.plain(each.what),
         )
-    return table
+        for each in found
+    ]
+    return tables.grid(
+        ("AT", "JOB", "STEP", "TOOK", "FREE", "ALLOCATED", "WHAT"), rows, numbers={"AT", "TOOK"}
+    )

@@ -70,9 +70,11 @@ def test_a_closed_pipe_is_no_error() -> None:
         "client.connect = lambda *_, **__: fake\n"
         "sys.argv = ['rmctl', 'events']; cli.main()"
     )
-    command = f"{sys.executable} -c \"$CODE\" | head -1"
+    command = f'{sys.executable} -c "$CODE" | head -1'
     env = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "CODE": code}
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60, check=True)
+    ran = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60, check=True
+    )
     assert ran.stdout.startswith("TIME")
     assert ran.stderr == ""
 
@@ -98,10 +100,14 @@ def test_errors_are_one_line_and_say_whose_move_it_is(
     assert ran.err == f"error: {' '.join(str(error).split())}\n"
 
 
-def test_an_error_from_an_actor_is_shown_without_its_traceback(rmctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_from_an_actor_is_shown_without_its_traceback(
+    rmctl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.exceptions import RayTaskError
 
-    raised = RayTaskError("shutdown", "Traceback: many\nlines", UnknownJob("no job 'j9'")).as_instanceof_cause()
+    raised = RayTaskError(
+        "shutdown", "Traceback: many\nlines", UnknownJob("no job 'j9'")
+    ).as_instanceof_cause()
 
     def refuse(*_: Any, **__: Any) -> None:
         raise raised
@@ -119,7 +125,9 @@ def test_ctrl_c_is_130(rmctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rmctl("ls").code == 130
 
 
-def test_a_bad_setting_names_its_variable(rmctl: Any, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_setting_names_its_variable(
+    rmctl: Any, fake: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RM_NODE_POLL_S", "often")
     ran = rmctl("ls")
     assert ran.code == 2
@@ -196,7 +204,9 @@ def local(monkeypatch: pytest.MonkeyPatch, fake: FakeClient, tmp_path: Path) -> 
     return kind
 
 
-def test_start_local_says_what_to_export_and_what_comes_next(rmctl: Any, fake: FakeClient, local: Any) -> None:
+def test_start_local_says_what_to_export_and_what_comes_next(
+    rmctl: Any, fake: FakeClient, local: Any
+) -> None:
     ran = rmctl("start", "--local", "-g", "2")
     assert ran.code == 0
     assert "  export RAY_ADDRESS=127.0.0.1:4242\n" in ran.out

@@ -96,7 +96,12 @@ def test_without_a_terminal_progress_is_a_line_at_each_quarter() -> None:
             now = view("j1", progress={"metrics": {"step": step, "total": 100, "loss": 0.5}})
             stage.update([now], [node("here", 2, charged=2)])
     shown = file.getvalue()
-    assert [line.split()[1] for line in shown.splitlines() if "/100" in line] == ["25/100", "50/100", "75/100", "100/100"]
+    assert [line.split()[1] for line in shown.splitlines() if "/100" in line] == [
+        "25/100",
+        "50/100",
+        "75/100",
+        "100/100",
+    ]
     assert "NodeJoined" not in shown
     assert "\x1b" not in shown
 
@@ -132,7 +137,9 @@ with private_directory() as directory:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_whatever_ends_the_demo_its_processes_and_files_go(how: signal.Signals) -> None:
-    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert starter.stdout is not None
     with starter.stdout:
         directory, pid = starter.stdout.readline().split()

@@ -39,7 +39,9 @@ def processes(mark: str) -> dict[int, str]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if f"RM_TEST_DEMO={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")[:200]
+                found[int(entry.name)] = (
+                    (entry / "cmdline").read_text(errors="replace").replace("\0", " ")[:200]
+                )
         except OSError:
             continue
     return found
@@ -50,7 +52,9 @@ def directories() -> set[Path]:
 
 
 def test_the_main_job_as_the_ledger_has_it(mark: dict[str, str]) -> None:
-    ran = subprocess.run([*RMCTL, "demo", "--json"], capture_output=True, text=True, env=mark, timeout=170, check=False)
+    ran = subprocess.run(
+        [*RMCTL, "demo", "--json"], capture_output=True, text=True, env=mark, timeout=170, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     story = json.loads(ran.stdout)
     gpus = story["gpus"]

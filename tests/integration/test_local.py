@@ -71,10 +71,6 @@ def listening(local: LocalRay) -> set[str]:
     return found
 
 
-def names(local: LocalRay) -> set[str]:
-    return {process.info["name"] for process in members(local.key)}
-
-
 def test_a_cluster_of_two_nodes_is_as_ordered_and_ends_with_its_launcher() -> None:
     labels = [{}, {"ray.io/accelerator-type": "A100", "rack": "7"}]
     with LocalRay.start(num_gpus=2, num_cpus=1, nodes=2, labels=labels) as local:
@@ -102,19 +98,13 @@ def test_a_cluster_of_two_nodes_is_as_ordered_and_ends_with_its_launcher() -> No
 
 def test_a_cluster_ends_with_a_killed_starter() -> None:
     """Also if the starter forked a child that lives on and holds the pipe by which the launcher watches it."""
-    starter = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import json, os, time; from dataclasses import asdict; from rm.runtime.local import LocalRay\n"
-            "local = LocalRay.start(num_gpus=1)\n"
-            "if os.fork() == 0: time.sleep(20); os._exit(0)\n"
-            "print(json.dumps(asdict(local)), flush=True); time.sleep(100)",
-        ],
-        env=_clean(),
-        stdout=subprocess.PIPE,
-        text=True,
+    code = (
+        "import json, os, time; from dataclasses import asdict; from rm.runtime.local import LocalRay\n"
+        "local = LocalRay.start(num_gpus=1)\n"
+        "if os.fork() == 0: time.sleep(20); os._exit(0)\n"
+        "print(json.dumps(asdict(local)), flush=True); time.sleep(100)"
     )
+    starter = subprocess.Popen([sys.executable, "-c", code], env=_clean(), stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     local = LocalRay(**json.loads(starter.stdout.readline()))
     try:

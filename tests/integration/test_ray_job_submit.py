@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from probes import processes_with, wait_until
+from rm.core.model import Job, Status
+from rm.core.resources import GPU_UNIT
+from rm.ledger import Ledger
 from rm.runtime.local import LocalRay
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(240)]
@@ -39,7 +42,8 @@ def head(tmp_path_factory: pytest.TempPathFactory, postgres_url_of_the_day: str)
         env.pop("RAY_AUTH_MODE", None)
         # Drivers run in the cluster's environment, not in the submitting shell's: the admin starts the allocator.
         subprocess.run([str(BIN / "rmctl"), "start"], env=env, check=True, capture_output=True, timeout=60)
-        yield SimpleNamespace(env=env, home=home, ray=ray_head)
+        ledger_url = postgres_url_of_the_day or f"sqlite:///{home}/ledger.sqlite"
+        yield SimpleNamespace(env=env, home=home, ray=ray_head, ledger_url=ledger_url)
 
 
 @pytest.fixture
@@ -53,19 +57,13 @@ def run(head: SimpleNamespace) -> Callable[..., subprocess.CompletedProcess[str]
     return run
 
 
-def listed(run) -> list[dict]:
-    import json
-
-    done = run("rmctl", "ls", "--all", "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def nothing_is_charged(run) -> bool:
-    import json
-
-    nodes = json.loads(run("rmctl", "nodes", "--json").stdout)
-    return all(node["charged_gpus"] == 0 for node in nodes)
+def jobs_in_ledger(head: SimpleNamespace) -> dict[str, Job]:
+    """All jobs, read from the ledger itself, past the allocator: id → record."""
+    ledger = Ledger.open(head.ledger_url)
+    try:
+        return {row.job.id: row.job for row in ledger.jobs(limit=1000)}
+    finally:
+        ledger.close()
 
 
 @pytest.mark.torch
@@ -75,18 +73,9 @@ def test_train_digits_on_two_gpus(run, head) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (accuracy,) = re.findall(r"test accuracy (0\.\d+)", done.stdout)
     assert float(accuracy) >= 0.95
-    jobs = listed(run)
-    assert len(jobs) == 1, jobs
-    job = jobs[0]
-    assert (job["status"], job["gpus"], job["name"]) == ("SUCCEEDED", 2, "train_digits.py")
-    url = head.env["RM_LEDGER_URL"]
-    if url:
-        from rm.ledger import Ledger
-
-        ledger = Ledger.open(url)
-        assert ledger.job(job["id"]).job.status == "SUCCEEDED"
-        ledger.close()
-        assert not list(head.home.glob("*.sqlite"))
+    (job,) = jobs_in_ledger(head).values()
+    assert (job.status, job.gang.gpu_units, job.name) == (Status.SUCCEEDED, 2 * GPU_UNIT, "train_digits.py")
+    assert bool(list(head.home.glob("*.sqlite"))) == head.ledger_url.startswith("sqlite")
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
@@ -97,18 +86,20 @@ def test_a_driver_that_ends_takes_its_job_along(run, head, tmp_path: Path, how: 
     submitted = run("ray", "job", "submit", "--no-wait", "--submission-id", f"sub-{how}", "--working-dir", str(tmp_path),
                     "--", "python", "main.py")  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    job = wait_until(lambda: [j for j in listed(run) if j["status"] == "RUNNING"], 60, "the job runs")[0]
+    running = lambda: [j for j in jobs_in_ledger(head).values() if j.status is Status.RUNNING]  # noqa: E731
+    (job,) = wait_until(running, 60, "the job runs")
     if how == "stopped":
         assert run("ray", "job", "stop", "--no-wait", f"sub-{how}").returncode == 0
     else:
         for pid in processes_with("RAY_JOB_CONFIG_JSON_ENV_VAR", head.ray.record, command="python main.py"):
             os.kill(pid, 9)
-    wait_until(lambda: nothing_is_charged(run), 15, "the GPUs are back within 15 s")
-    ended = {j["id"]: j["status"] for j in listed(run)}
-    assert ended[job["id"]] == "CANCELLED"
+    wait_until(
+        lambda: jobs_in_ledger(head)[job.id].status is Status.CANCELLED, 15, "the GPUs are back within 15 s"
+    )
+    assert all(each.attempt is None for each in jobs_in_ledger(head).values()), "nothing is charged"
 
 
-def test_detach_lets_the_driver_go_and_the_job_run(run, tmp_path: Path) -> None:
+def test_detach_lets_the_driver_go_and_the_job_run(run, head, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(
         "import rm, helper\nrm.require_gpus(1, detach=True, name='on-its-own')\nprint('done', helper.WORD)\n"
     )
@@ -116,24 +107,24 @@ def test_detach_lets_the_driver_go_and_the_job_run(run, tmp_path: Path) -> None:
     done = run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "main.py")
     assert done.returncode == 0, done.stdout + done.stderr
     (job_id,) = re.findall(r"(j\d+) submitted", done.stdout)
-    assert run("rmctl", "wait", job_id).returncode == 0
-    assert run("rmctl", "logs", job_id).stdout == "done shipped\n"
+    followed = run("rmctl", "logs", "--follow", job_id)
+    assert followed.stdout == "done shipped\n", followed.stderr
+    assert jobs_in_ledger(head)[job_id].status is Status.SUCCEEDED
 
 
-def test_a_failing_script_fails_the_ray_job(run, tmp_path: Path) -> None:
-    (tmp_path / "main.py").write_text("import rm, sys\nrm.require_gpus(1)\nsys.exit(3)\n")
-    done = run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "main.py")
-    assert done.returncode != 0
-    assert "exited with code 3" in done.stdout + done.stderr
-
-
-def test_env_vars_of_one_ray_job_do_not_reach_another(run, tmp_path: Path) -> None:
+def test_the_environment_of_one_ray_job_is_not_anothers_and_a_failure_is_passed_on(
+    run, tmp_path: Path
+) -> None:
     (tmp_path / "main.py").write_text(
-        "import rm, os\nrm.require_gpus(1)\nprint('secret is', os.environ.get('SECRET'))\n"
+        "import rm, os, sys\nrm.require_gpus(1)\nsecret = os.environ.get('SECRET')\nprint('secret is', secret)\n"
+        "sys.exit(0 if secret else 3)\n"
     )
     submit = ["ray", "job", "submit", "--working-dir", str(tmp_path)]
     first = run(*submit, "--runtime-env-json", '{"env_vars": {"SECRET": "xyzzy"}}', "--", "python", "main.py")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "secret is xyzzy" in first.stdout
     second = run(*submit, "--", "python", "main.py")
-    assert "secret is xyzzy" in first.stdout, first.stdout + first.stderr
-    assert "secret is None" in second.stdout, second.stdout + second.stderr
+    assert second.returncode != 0
+    assert "secret is None" in second.stdout
+    assert "exited with code 3" in second.stdout + second.stderr
     assert "xyzzy" not in run("rmctl", "ls", "--all", "--json").stdout
