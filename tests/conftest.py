@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from probes import MARK, assert_nothing_left, wait_until
 
 REPO = Path(__file__).resolve().parent.parent

@@ -63,7 +63,7 @@ def _play(stage: Stage, client: Client) -> Story:
     """Submit both jobs, watch them to their ends, and read back what happened."""
     gpus = sum(node.gpus for node in client.nodes())
     command, processes, trained = training(gpus)
-    stage.say(f"Two jobs, each needs all {gpus} GPUs. They train {trained}.")
+    stage.say(f"Two jobs, each needs {'the GPU' if gpus == 1 else f'all {gpus} GPUs'}. They train {trained}.")
     stage.say("")
     jobs: list[Job] = []
     for name in NAMES:

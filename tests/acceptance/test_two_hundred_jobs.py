@@ -8,8 +8,8 @@ import time
 from collections import Counter
 
 import pytest
-
 from probes import groups, wait_until
+
 from rm.job import TERMINAL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]

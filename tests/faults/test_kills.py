@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from probes import actor_pids, user_processes, wait_until
 
 pytestmark = pytest.mark.ray
@@ -37,7 +36,9 @@ def environ(pid: int) -> dict[str, str]:
 
 def test_the_allocator_is_killed_and_running_jobs_do_not_notice(client, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    running = client.submit(f"while [ ! -e {gate} ]; do sleep 0.05; done; echo done", nodes=3, gpus_per_node=8)
+    running = client.submit(
+        f"while [ ! -e {gate} ]; do sleep 0.05; done; echo done", nodes=3, gpus_per_node=8
+    )
     queued = client.submit("echo second", nodes=3, gpus_per_node=8)
     wait_until(lambda: running.status == "RUNNING", what="it runs")
     before = processes_of(running.id)
@@ -97,7 +98,11 @@ def test_the_store_is_killed_and_no_line_is_lost(client) -> None:
 
 def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_cluster, client) -> None:
     extra = ray_cluster.cluster.add_node(
-        num_cpus=1, num_gpus=2, object_store_memory=100 * 2**20, include_dashboard=False, labels={"spot": "yes"}
+        num_cpus=1,
+        num_gpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        labels={"spot": "yes"},
     )
     wait_until(lambda: len(client.nodes()) == 4, what="the node is seen")
     node = next(node for node in client.nodes() if node.labels.get("spot"))
@@ -109,3 +114,5 @@ def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_clus
     view = job.wait(90)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
     assert len(client.nodes()) == 3
+    chunk = client._store("read_log", job.id, 1, 0, "out", 0, 1000)
+    assert chunk.data == f"{job.id}.1\n".encode(), "the log of the first attempt outlives its node"

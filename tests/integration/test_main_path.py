@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,22 @@ def test_working_dir_is_shipped_by_value(client, tmp_path: Path) -> None:
         file.unlink()
     assert job.wait(60).status == "SUCCEEDED"
     assert job.logs() == "42 False\n"
+
+
+def test_pip_packages_of_a_runtime_env_are_there(client, tmp_path: Path) -> None:
+    wheel = tmp_path / "tiny_wheel_of_ours-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = "tiny_wheel_of_ours-1.0.dist-info"
+        archive.writestr("tiny_wheel_of_ours.py", "WORD = 'installed'\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel-of-ours\nVersion: 1.0\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    command = "python -c 'import tiny_wheel_of_ours; print(tiny_wheel_of_ours.WORD)'"
+    job = client.submit(command, num_gpus=1, runtime_env={"pip": [str(wheel)]})
+    assert job.wait(120).status == "SUCCEEDED", job.view().outcome
+    assert job.logs() == "installed\n"
 
 
 def test_reports_checkpoint_dir_and_should_stop(client) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from probes import processes_with, wait_until
+
 from rm.core.model import Job, Status
 from rm.core.resources import GPU_UNIT
 from rm.ledger import Ledger
@@ -81,10 +81,10 @@ def test_train_digits_on_two_gpus(run, head) -> None:
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_driver_that_ends_takes_its_job_along(run, head, tmp_path: Path, how: str) -> None:
     (tmp_path / "main.py").write_text(
-        "import rm, os, time\nrm.require_gpus(2, name='mine')\nprint('inside', os.environ['RM_JOB_ID'])\ntime.sleep(1000)\n"
+        "import rm, time\nrm.require_gpus(2, name='mine')\nprint('inside', rm.job_id())\ntime.sleep(1000)\n"
     )
-    submitted = run("ray", "job", "submit", "--no-wait", "--submission-id", f"sub-{how}", "--working-dir", str(tmp_path),
-                    "--", "python", "main.py")  # fmt: skip
+    flags = ["--no-wait", "--submission-id", f"sub-{how}", "--working-dir", str(tmp_path)]
+    submitted = run("ray", "job", "submit", *flags, "--", "python", "main.py")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     running = lambda: [j for j in jobs_in_ledger(head).values() if j.status is Status.RUNNING]  # noqa: E731
     (job,) = wait_until(running, 60, "the job runs")

@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from probes import actor_pids, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
