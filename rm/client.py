@@ -23,7 +23,7 @@ from rm.errors import InvalidSpec, RmError
 from rm.job import Job
 from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
-from rm.spec import Config, JobSpec, build_spec, default_owner
+from rm.spec import RESOURCE_FIELDS, Config, JobSpec, build_spec, default_owner, did_you_mean
 from rm.submission import Environment, submitter_environment
 from rm.views import EventView, JobView, NodeView
 
@@ -36,15 +36,22 @@ LEASE_TTL_S = 15.0
 Entry = Callable[..., Any] | str | Sequence[str]
 
 
-def connect(address: str | None = None, *, config: Config | None = None, start: bool = True) -> Client:
+def connect(
+    address: str | None = None,
+    *,
+    config: Config | None = None,
+    start: bool = True,
+    any_version: bool = False,
+) -> Client:
     """Connect to the allocator of the Ray cluster at `address`, starting it where none runs.
 
     `address`: "host:port" of the cluster's GCS; None means RAY_ADDRESS, else the cluster of this machine.
+    `any_version`: also talk to an allocator of another version of this package, which is for stopping it.
     Raises NoCluster within 5 s where there is none, AuthenticationFailed where its token is missing.
     """
     from rm.runtime.connect import connect_actors
 
-    return Client(connect_actors(address, config=config, start=start))
+    return Client(connect_actors(address, config=config, start=start, any_version=any_version))
 
 
 class Client:
@@ -54,6 +61,7 @@ class Client:
         self._actors = actors
         self._heartbeat = Heartbeat(self)
         self.owner = default_owner()
+        self.ledger_key: str = actors.hello["ledger_key"]
 
     # --- submitting --------------------------------------------------------------------------------------
 
@@ -131,6 +139,9 @@ class Client:
         return Draft(self._spec(kind, environment, options, **fields), blobs)
 
     def _spec(self, kind: Kind, environment: Environment, options: dict[str, Any], **fields: Any) -> JobSpec:
+        for key in options:
+            if key not in OPTIONS:
+                raise InvalidSpec(f"{key}: unknown option; {did_you_mean(key, OPTIONS)}", field=key)
         fields |= {_FIELD_NAMES.get(key, key): value for key, value in options.items()}
         return build_spec(
             **{"owner": self.owner, **fields},
@@ -195,19 +206,16 @@ class Client:
         if not keep_jobs:
             self._allocator("shutdown", cancel=cancel_jobs, by=self.owner, timeout_s=600)
         self._heartbeat.stop()
-        stop_actors(self._actors)
+        # What goes on running still prints: then the store stays for it.
+        stop_actors(store_too=not keep_jobs)
 
     # --- calling -----------------------------------------------------------------------------------------
 
     def _allocator(self, method: str, *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
-        from rm.runtime.connect import call
-
-        return call(getattr(self._actors.allocator, method).remote(*args, **kwargs), timeout_s)
+        return self._actors.ask("allocator", method, *args, timeout_s=timeout_s, **kwargs)
 
     def _store(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        from rm.runtime.connect import call
-
-        return call(getattr(self._actors.store, method).remote(*args), timeout_s)
+        return self._actors.ask("store", method, *args, timeout_s=timeout_s)
 
     def __repr__(self) -> str:
         hello = self._actors.hello
@@ -297,6 +305,11 @@ def require_gpus(
 
 
 _FIELD_NAMES = {"time_limit": "time_limit_s", "grace": "grace_s"}
+OPTIONS = RESOURCE_FIELDS | {
+    "name", "owner", "queue", "priority", "nproc_per_node", "time_limit", "grace", "max_retries",
+    "max_infra_retries", "env", "working_dir", "runtime_env",
+}  # fmt: skip
+"""What `submit` and `lease` take as keywords."""
 
 
 def _words(entry: Any) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class Job:
     def result(self, timeout: float | None = None) -> Any:
         """What the function returned (None for a command). Raises JobFailed, from its own exception if it had one."""
         view = self.wait(timeout)
-        data = self._client._store("get_result", self.id) if view.kind == "function" else None
+        data = self._store("get_result") if view.kind == "function" else None
         payload = cloudpickle.loads(data) if data else {}
         if view.status == "SUCCEEDED":
             if view.kind == "function" and "ok" not in payload:
@@ -147,6 +147,13 @@ class Job:
         """
         reader = LogReader(self, rank=rank, stream=stream)
         return reader.follow() if follow else "".join(line + "\n" for line in reader.read())
+
+    def _store(self, method: str, *args: Any) -> Any:
+        """Ask the store about this job, by the name that the job has there."""
+        from rm.runtime.orders import archive_id
+
+        ledger_key = self._client.ledger_key
+        return self._client._store(method, archive_id(ledger_key, self.id), *args)
 
     # --- showing -----------------------------------------------------------------------------------------
 

@@ -73,6 +73,8 @@ class Lease:
 
         if self._group is None:
             raise LeaseLost(f"lease {self.id} is not held: use it inside its with block", job=self.id)
+        # Asked each time: a time limit or a dead node ends a lease behind its holder's back.
+        self._group = self._client._allocator("lease", self.id)
         bundles = self._group["bundles"]
         return PlacementGroup(PlacementGroupID(bytes.fromhex(self._group["group_id"])), bundles)
 

@@ -22,7 +22,6 @@ class LogReader:
         self._stream = stream
         self._offsets: dict[tuple[int, int, str], int] = {}
         self._partial: dict[tuple[int, int, str], bytes] = {}
-        self._ranks: set[int] = set()
 
     def read(self) -> list[str]:
         """What the last attempt has printed up to now, rank by rank."""
@@ -50,15 +49,14 @@ class LogReader:
             if ended:
                 return
             if not moved:
-                self._job._client._store("news", self._job.id, NEWS_S)
+                self._job._store("news", NEWS_S)
 
     def _files(self) -> list[Any]:
         files = [
             each
-            for each in self._job._client._store("logs", self._job.id)
+            for each in self._job._store("logs")
             if self._rank in (None, each.rank) and self._stream in (None, each.stream)
         ]
-        self._ranks |= {each.rank for each in files}
         return sorted(files, key=lambda each: (each.attempt, each.rank, each.stream != "out"))
 
     def _news(self, file: Any) -> Iterator[str]:
@@ -66,7 +64,7 @@ class LogReader:
         key = file.attempt, file.rank, file.stream
         while True:
             offset = self._offsets.get(key, 0)
-            chunk = self._job._client._store("read_log", self._job.id, *key, offset, CHUNK_BYTES)
+            chunk = self._job._store("read_log", *key, offset, CHUNK_BYTES)
             if not chunk.data:
                 return
             self._offsets[key] = chunk.next_offset
@@ -83,4 +81,5 @@ class LogReader:
 
     def _show(self, rank: int, line: bytes) -> str:
         text = line.decode(errors="replace")
-        return f"[rank {rank}] {text}" if len(self._ranks) > 1 else text
+        several = self._rank is None and self._job.last.ranks > 1
+        return f"[rank {rank}] {text}" if several else text

@@ -323,7 +323,7 @@ def build_spec(**fields: Any) -> JobSpec:
     for key in fields:
         if key not in known:
             raise InvalidSpec(
-                f"{key}: unknown option; {_did_you_mean(key, known | RESOURCE_FIELDS)}", field=key
+                f"{key}: unknown option; {did_you_mean(key, known | RESOURCE_FIELDS)}", field=key
             )
     nested = {key: value for key, value in nested.items() if value is not None}
     fields = {key: value for key, value in fields.items() if value is not None}
@@ -345,7 +345,8 @@ def as_invalid_spec(error: ValidationError) -> InvalidSpec:
     return InvalidSpec("; ".join(lines), field=first)
 
 
-def _did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
+def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
+    """The nearest known name, or all of them: the end of an error message."""
     import difflib
 
     near = difflib.get_close_matches(key, known, 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rm.errors import InvalidSpec
 
-_BY_US = {"working_dir", "env_vars", "excludes"}
+_BY_US = {"working_dir", "env_vars"}
 """Parts of a runtime_env that we carry ourselves; what is left is Ray's to set up."""
 _KNOWN_TO_RAY = {"pip", "uv", "conda", "container", "image_uri", "py_executable", "config", "nsight", "mpi",
                  "py_modules", "rocprof_sys", "worker_process_setup_hook", "ld_preload"}  # fmt: skip
@@ -48,6 +48,11 @@ def submitter_environment(options: dict[str, Any]) -> Environment:
     given = options.pop("runtime_env", None) or {}
     if not isinstance(given, dict):
         raise InvalidSpec(f"runtime_env: must be a dict, not {type(given).__name__}", field="runtime_env")
+    if given.get("excludes"):
+        raise InvalidSpec(
+            "runtime_env.excludes: name what need not travel in a .rayignore file of the working directory",
+            field="runtime_env.excludes",
+        )
     unknown = set(given) - _BY_US - _KNOWN_TO_RAY
     if unknown:
         raise InvalidSpec(

@@ -86,13 +86,16 @@ class FakeCluster:
         count: int = 1,
         behaviour: Behaviour | None = None,
         strategy: Strategy = Strategy.PACK,
+        gpu_types: tuple[str, ...] = (),
+        cpu_milli: int = 0,
+        kind: Kind = Kind.COMMAND,
         **fields: object,
     ) -> str:
         seq = self._jobs = self._jobs + 1
         job_id = f"j{seq}"
         self.behaviours[job_id] = behaviour or Behaviour()
-        gang = Gang(Bundle(gpu_units(num_gpus)), count, strategy)
-        job = Job(job_id, seq, job_id, "someone", Kind.COMMAND, gang, self.now, **fields)  # type: ignore[arg-type]
+        gang = Gang(Bundle(gpu_units(num_gpus), cpu_milli), count, strategy, gpu_types)
+        job = Job(job_id, seq, job_id, "someone", kind, gang, self.now, **fields)  # type: ignore[arg-type]
         self.happen(JobSubmitted(self.now, job))
         return job_id
 

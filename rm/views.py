@@ -28,6 +28,8 @@ class JobView:
     gpus: float
     bundles: int
     gpus_per_bundle: float
+    ranks: int
+    """Processes in all."""
     gpu_types: tuple[str, ...]
     attempts: int
     failures: int
@@ -103,6 +105,7 @@ def job_view(
     command: str = "",
     progress: dict[str, Any] | None = None,
     node_names: dict[str, str] | None = None,
+    ranks: int = 1,
     reason: Reason | None = None,
 ) -> JobView:
     """The view of a core record. `reason` overrides the recorded one (readers compute it fresh)."""
@@ -119,6 +122,7 @@ def job_view(
         gpus=gpu_count(job.gang.gpu_units),
         bundles=job.gang.count,
         gpus_per_bundle=gpu_count(job.gang.bundle.gpu_units),
+        ranks=ranks,
         gpu_types=job.gang.gpu_types,
         attempts=job.attempts,
         failures=job.failures,

@@ -114,6 +114,7 @@ def _facts(view: JobView) -> Iterable[tuple[str, object]]:
     yield "owner", view.owner
     yield "queue", f"{view.queue}, priority {view.priority}"
     yield "GPUs", tables.gpus(view)
+    yield "processes", view.ranks if view.ranks > 1 else ""
     yield "nodes", ", ".join(view.nodes)
     yield "submitted", tables.moment(view.submitted_at)
     yield "started", tables.moment(view.started_at)

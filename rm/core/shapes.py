@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from rm.core.model import Gang, NodeShape, Strategy
 from rm.core.placement import feasible, matches
 from rm.core.resources import GPU_UNIT, Bundle, gpu_count
 from rm.errors import Infeasible, InvalidSpec
+
+NEAR = 16
+"""How far from the count asked for the nearest ones that work are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,10 @@ def _cut(request: Request, units: int, shapes: Sequence[NodeShape]) -> Gang:
         if feasible(gang, shapes):
             return gang
     total = sum(shape.gpu_slots * shape.most for shape in shapes)
-    if gpus > total or gpus % (largest // GPU_UNIT) == 0:
-        return _gang(request, largest, -(-units // largest))  # the caller says what is wrong with it
+    if gpus > total:
+        raise Infeasible(_never_so_many(request, gpus, total), field="num_gpus")
+    if gpus % (largest // GPU_UNIT) == 0:
+        return _gang(request, largest, units // largest)  # the caller says what is wrong with it
     works = ", ".join(str(count) for count in _near(request, gpus, shapes)) or "none near it"
     raise InvalidSpec(
         f"num_gpus={gpus} can't be cut into equal bundles for nodes of {gpu_count(largest):g} GPUs; "
@@ -74,16 +80,17 @@ def _cut(request: Request, units: int, shapes: Sequence[NodeShape]) -> Gang:
 
 def _near(request: Request, gpus: int, shapes: Sequence[NodeShape]) -> list[int]:
     """The counts closest to `gpus` that can be cut and held, three at most, ascending."""
-    total = sum(shape.gpu_slots * shape.most for shape in shapes)
-    fits = [
+    largest = max(shape.gpu_slots for shape in shapes)
+    near = [each for step in range(1, NEAR) for each in (gpus - step, gpus + step) if each > 0]
+    fits = (
         wanted
-        for wanted in range(1, total + 1)
+        for wanted in near
         if any(
             wanted % count == 0 and feasible(_gang(request, wanted // count * GPU_UNIT, count), shapes)
-            for count in range(1, wanted + 1)
+            for count in range(-(-wanted // largest), wanted + 1)
         )
-    ]
-    return sorted(sorted(fits, key=lambda wanted: (abs(wanted - gpus), wanted))[:3])
+    )
+    return sorted(islice(fits, 3))
 
 
 def _gang(request: Request, units: int, count: int) -> Gang:
@@ -113,10 +120,7 @@ def _too_large(request: Request, gang: Gang, shapes: Sequence[NodeShape]) -> str
     if total == 0:
         return f"{gang} asked for, but this cluster has no GPUs and no node type that has any"
     if gang.gpu_units > total * GPU_UNIT:
-        return (
-            f"{gpu_count(gang.gpu_units):g} GPUs asked for, but this cluster can never have more than {total}"
-            f"{_of_type(request)}"
-        )
+        return _never_so_many(request, gpu_count(gang.gpu_units), total)
     if gang.bundle.gpu_units > largest * GPU_UNIT:
         return (
             f"{gpu_count(gang.bundle.gpu_units):g} GPUs on one node asked for, but the largest node"
@@ -134,6 +138,10 @@ def _too_large(request: Request, gang: Gang, shapes: Sequence[NodeShape]) -> str
         f"{gang} with strategy {gang.strategy} can't be placed even on an empty cluster of {total} GPUs "
         f"(largest node: {largest}); fewer GPUs per bundle or another strategy would work"
     )
+
+
+def _never_so_many(request: Request, gpus: float, total: int) -> str:
+    return f"{gpus:g} GPUs asked for, but this cluster can never have more than {total}{_of_type(request)}"
 
 
 def _split(gang: Gang, largest: int) -> str:

@@ -105,12 +105,15 @@ class ClusterState:
 
     def node_shapes(self) -> tuple[NodeShape, ...]:
         """Every shape of node that the cluster has or could launch."""
+        return self.present_shapes() + self.launchable
+
+    def present_shapes(self) -> tuple[NodeShape, ...]:
+        """The shapes of the nodes that are up, and how many there are of each."""
         counts: dict[NodeShape, int] = {}
         for node in self.nodes.values():
             shape = NodeShape(node.gpu_slots, node.cpu_milli, node.memory_bytes, _shared_labels(node.labels))
             counts[shape] = counts.get(shape, 0) + 1
-        present = tuple(replace(shape, most=count) for shape, count in counts.items())
-        return present + self.launchable
+        return tuple(replace(shape, most=count) for shape, count in counts.items())
 
     def due(self, now: float) -> list[StopRequested]:
         """The stops that time itself asks for. Called by the writer before each cycle."""
@@ -250,7 +253,8 @@ class ClusterState:
             return []
         if attempt.stop is not None or attempt.phase is Phase.RELEASING:
             # Already on its way out. A stop that comes during a release still forbids the requeue.
-            if attempt.stop is None:
+            succeeded = attempt.outcome is not None and attempt.outcome.status is Status.SUCCEEDED
+            if attempt.stop is None and not succeeded:
                 self._put(replace(job, attempt=replace(attempt, stop=event.cause, stop_by=event.by)))
             return []
         stopped = replace(attempt, stop=event.cause, stop_by=event.by)
@@ -294,9 +298,21 @@ class ClusterState:
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
-        if self.nodes.pop(event.node_id, None) is not None:
-            self.version += 1
-        return []
+        if self.nodes.pop(event.node_id, None) is None:
+            return []
+        self.version += 1
+        # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
+        effects: list[Effect] = []
+        for job_id in sorted(self._charged_on.get(event.node_id, ())):
+            job = self.jobs[job_id]
+            if (
+                job.kind is Kind.LEASE
+                and job.attempt
+                and job.attempt.phase in (Phase.STARTING, Phase.RUNNING)
+            ):
+                lost = Outcome(Status.FAILED, "a node of the lease died", node_id=event.node_id, infra=True)
+                effects += self._end_attempt(job, job.attempt, lost)
+        return effects
 
     def _foreign(self, event: ForeignUseObserved) -> list[Effect]:
         node = self.nodes.get(event.node_id)

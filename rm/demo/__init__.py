@@ -37,7 +37,7 @@ def demo(num_gpus: int | None, file: IO[str]) -> Story:
             stage.wait_for("starting a Ray of its own, and the allocator")
             with local_ray(directory, num_gpus) as ray:
                 stage.say(f"GPUs: {ray.describe_gpus()}.")
-                story = _play(stage, _client(ray.address, directory))
+                story = _play(stage, _client(ray.address, directory), ray.num_gpus)
             stage.wait_for("ending Ray")
         story.took_s = time.monotonic() - began
         _tell(stage, story)
@@ -59,9 +59,8 @@ def _client(address: str, directory: Path) -> Client:
     return client
 
 
-def _play(stage: Stage, client: Client) -> Story:
+def _play(stage: Stage, client: Client, gpus: int) -> Story:
     """Submit both jobs, watch them to their ends, and read back what happened."""
-    gpus = sum(node.gpus for node in client.nodes())
     command, processes, trained = training(gpus)
     stage.say(f"Two jobs, each needs {'the GPU' if gpus == 1 else f'all {gpus} GPUs'}. They train {trained}.")
     stage.say("")

@@ -64,7 +64,6 @@ class Allocator:
         self._broken: Exception | None = None
         self._closing = False
         self._specs: OrderedDict[str, JobSpec] = OrderedDict()
-        self._progress: dict[str, dict[str, Any]] = {}
         self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._holders = Holders()
         self._submitting: dict[str, asyncio.Lock] = {}
@@ -104,6 +103,7 @@ class Allocator:
             self._watch,
             lambda event: self._writer.post(event),
             time.time,
+            self._keep_progress,
         )
         self._writer = Writer(
             self._ledger,
@@ -206,11 +206,14 @@ class Allocator:
     @contextlib.asynccontextmanager
     async def _one_submission(self, keys: list[str]) -> AsyncIterator[None]:
         """Let calls with the same first key pass one after the other."""
-        lock = self._submitting.setdefault(keys[0] if keys else "", asyncio.Lock())
-        async with lock:
-            yield
-        if not lock.locked():
-            self._submitting.pop(keys[0] if keys else "", None)
+        first = keys[0] if keys else ""
+        lock = self._submitting.setdefault(first, asyncio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._submitting.pop(first, None)
 
     async def job(self, job_id: str) -> JobView:
         """One job, live or ended. Raises UnknownJob."""
@@ -326,10 +329,13 @@ class Allocator:
         await self._up()
         job = self._writer.view().jobs.get(job_id)
         if job is not None and job.attempt is not None and job.attempt.number == attempt:
-            self._last_progress[job_id] = report
-            self._last_progress.move_to_end(job_id)
-            while len(self._last_progress) > SPECS_KEPT:
-                self._last_progress.popitem(last=False)
+            self._keep_progress(job_id, report)
+
+    def _keep_progress(self, job_id: str, report: dict[str, Any]) -> None:
+        self._last_progress[job_id] = report
+        self._last_progress.move_to_end(job_id)
+        while len(self._last_progress) > SPECS_KEPT:
+            self._last_progress.popitem(last=False)
 
     # --- shared --------------------------------------------------------------------------------------------
 
@@ -358,6 +364,7 @@ class Allocator:
             command=_command_line(spec),
             progress=self._last_progress.get(job.id),
             node_names=names,
+            ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units) * job.gang.count,
             reason=self._reason(job),
         )
 

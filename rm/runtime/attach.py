@@ -4,35 +4,28 @@
 and a driver whose token mode differs from the cluster's connects and then loses every actor. So, in this order:
 
 1. Where: the argument, else RAY_ADDRESS, else what runs on this machine. Never a new Ray.
-2. Knock: resolve the name and open a TCP connection, both with a time limit.
-3. Ask: `CheckAlive` of the GCS without a token. Answered: the cluster is open. UNAUTHENTICATED: it wants a token;
-   ask again with the one Ray finds. The mode of this process follows the cluster, whatever RAY_AUTH_MODE says:
-   they must agree both ways, so that neither a leftover token nor a missing variable keeps anyone out.
-4. Look: a driver needs a raylet of that cluster on its own machine, and permission to open its socket.
-5. Only then `ray.init`, which takes well under a second.
-
-The token itself is handled by Ray's own loader and interceptor alone: no message of ours can quote it.
+2. Whether: `rm.runtime.gcs_probe` finds out, within the time limit, if a driver here can use what is there, and makes
+   the token mode of this process that of the cluster.
+3. Only then `ray.init`, which takes well under a second.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-from rm.errors import AuthenticationFailed, ClusterError, NoCluster, RequestError
+from rm.errors import ClusterError, NoCluster, RequestError
+from rm.runtime.gcs_probe import MODE, plain, probe, set_mode
 
 NETWORK_SHARE = 0.8
 """Of `timeout_s`, what the network may take; the rest is for `import ray`, which no deadline can cut short."""
-LOOK_AGAIN_S = 0.2
-_MODE = "RAY_AUTH_MODE"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _ADDRESS = re.compile(r"\s*(?:\[([0-9A-Fa-f:.%]+)\]|([^\s\[\]:/@]+)):(\d{1,5})\s*")
 _UNSUPPORTED = {
@@ -77,15 +70,15 @@ def attach(address: str | None = None, timeout_s: float = 5.0) -> str:
             return _already_attached(asked)
         asked = asked or _named(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
         deadline = time.monotonic() + NETWORK_SHARE * timeout_s
-        mode_before = os.environ.get(_MODE)
+        mode_before = os.environ.get(MODE)
         try:
             _init(_reach([asked] if asked else _on_this_machine(), deadline))
         except BaseException:
-            _set_mode(mode_before)
+            set_mode(mode_before)
             raise
-        if mode_before is None and os.environ[_MODE] == "disabled":
-            del os.environ[_MODE]  # what children of this process start may well use a token
-        return _plain(ray.get_runtime_context().gcs_address)
+        if mode_before is None and os.environ[MODE] == "disabled":
+            del os.environ[MODE]  # what children of this process start may well use a token
+        return plain(ray.get_runtime_context().gcs_address)
 
 
 def _init(spelling: str) -> None:
@@ -96,7 +89,7 @@ def _init(spelling: str) -> None:
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         ray.shutdown()  # a half-made connection would pass for a whole one
         raise ClusterError(
-            f"The Ray cluster at {_plain(spelling)} is alive, but Ray can't attach to it: {error}"
+            f"The Ray cluster at {plain(spelling)} is alive, but Ray can't attach to it: {error}"
         ) from error
 
 
@@ -110,7 +103,7 @@ def _already_attached(asked: _Target | None) -> str:
             f"This process uses ray://, and {_UNSUPPORTED['ray://']}. Call ray.shutdown() first.",
             field="address",
         )
-    current = _plain(ray.get_runtime_context().gcs_address)
+    current = plain(ray.get_runtime_context().gcs_address)
     if asked and not _same(asked, _parse(current, "")):
         raise RequestError(
             f"address={asked} was asked for, but this process is attached to {current}, and Ray allows one "
@@ -153,10 +146,11 @@ def _on_this_machine() -> Iterator[_Target]:
     from ray._private import services
 
     path = Path(get_ray_address_file(None))
-    last = _ADDRESS.fullmatch(path.read_text(errors="replace")) if path.is_file() else None
+    readable = path.is_file() and os.access(path, os.R_OK)
+    last = _ADDRESS.fullmatch(path.read_text(errors="replace")) if readable else None
     if last:
         yield _parse(last[0], f"from {path}, which is out of date if that Ray has ended")
-    services.find_gcs_addresses.cache_clear()
+    getattr(services.find_gcs_addresses, "cache_clear", lambda: None)()
     running = [_parse(found, "runs on this machine") for found in sorted(services.find_gcs_addresses())]
     others = [each for each in running if not last or not _same(each, _parse(last[0], ""))]
     if len(others) > 1:
@@ -179,13 +173,6 @@ def _same(one: _Target, other: _Target) -> bool:
     return not ips[0].isdisjoint(ips[1])
 
 
-def _plain(gcs_address: str) -> str:
-    return gcs_address.replace("LOCALHOST:", "127.0.0.1:")
-
-
-# --- 2. knock ------------------------------------------------------------------------------------------------
-
-
 def _reach(targets: Iterable[_Target], deadline: float) -> str:
     """The first target that is alive and usable, spelled as `ray.init` needs it, with the token mode set to match."""
     tried = []
@@ -197,144 +184,9 @@ def _reach(targets: Iterable[_Target], deadline: float) -> str:
             spellings.append(f"LOCALHOST:{target.port}")
         for left, spelling in zip(range(len(spellings), 0, -1), spellings, strict=True):
             now = time.monotonic()
-            why = _ask(spelling, now + (deadline - now) / left)
+            why = probe(spelling, now + (deadline - now) / left)
             if not why:
                 return spelling
         tried.append(f"{target} ({target.origin}): {why}")
     found = "; ".join(tried) or "this machine: no Ray runs on it"
     raise NoCluster(f"No Ray cluster found. Tried {found}. {_WAY_OUT}")
-
-
-def _knock(host: str, port: int, limit_s: float) -> str:
-    """Why no TCP connection can be opened; "" if one can. In a thread, since looking up a name has no time limit."""
-    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
-    silence = "no answer: a wrong host, a firewall, or a machine or name server that is down"
-
-    def knock() -> None:
-        try:
-            socket.create_connection((host, port), limit_s).close()
-            answer.put("")
-        except (socket.gaierror, UnicodeError):
-            answer.put(f"the name {host!r} does not resolve")
-        except ConnectionRefusedError:
-            answer.put("nothing listens there")
-        except TimeoutError:
-            answer.put(silence)
-        except OSError as error:
-            answer.put(str(error.strerror or error))
-
-    threading.Thread(target=knock, name="rm-knock", daemon=True).start()
-    try:
-        return answer.get(timeout=limit_s)
-    except queue.Empty:
-        return silence
-
-
-# --- 3. ask, 4. look -----------------------------------------------------------------------------------------
-
-
-def _ask(spelling: str, deadline: float) -> str:
-    """Why there is no live GCS at `spelling`; "" if there is and this process may use it. Sets the token mode."""
-    import grpc  # type: ignore[import-untyped]
-    from ray._private import services
-
-    address = services.canonicalize_bootstrap_address(spelling)  # what ray.init will make of it
-    host, port, _ = _parse(address, "")
-    if why := _knock(host, port, max(0.1, (deadline - time.monotonic()) / 2)):
-        return why
-    try:
-        if not _admits(address, "disabled", deadline) and not _admits(address, "token", deadline):
-            _reject(address)
-        _look(address, deadline)
-    except grpc.RpcError as error:
-        return f"something listens, but it does not answer as a Ray GCS does ({error.code().name})"
-    return ""
-
-
-def _admits(address: str, mode: str, deadline: float) -> bool:
-    """Whether the GCS serves a process in this token mode. grpc.RpcError: it is no GCS, or not a live one."""
-    import grpc
-
-    _set_mode(mode)
-    try:
-        _call(address, "CheckAlive", deadline)
-    except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-            return False
-        raise
-    except Exception:
-        if mode == "token":
-            return False  # Ray's loader finds no token, or what it finds can't be sent as a header
-        raise
-    return True
-
-
-def _reject(address: str) -> NoReturn:
-    """Say where Ray looked for a token. Called outside of any `except`: grpc's own error may quote the token."""
-    chosen = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
-    raise AuthenticationFailed(
-        f"The Ray cluster at {_plain(address)} wants a token, and {(chosen or ['~/.ray/auth_token'])[0]} has none that "
-        "it accepts. Ray looks in RAY_AUTH_TOKEN, then in the file named by RAY_AUTH_TOKEN_PATH, then in "
-        "~/.ray/auth_token. Copy ~/.ray/auth_token from the head node to the same place here, or run "
-        "`ray get-auth-token` there and put what it prints into that file.",
-        address=_plain(address),
-    )
-
-
-def _look(address: str, deadline: float) -> None:
-    """Wait until this machine is seen to run a node of the cluster. Without one `ray.init` would wait for 60 s."""
-    from ray._private import services
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
-
-    while True:
-        here = [
-            GetAllNodeInfoRequest.NodeSelector(node_id=bytes.fromhex(node_id))
-            for node_id in services.find_node_ids()
-        ]
-        nodes: list[Any] = []
-        if here:
-            alive = {"state_filter": GcsNodeInfo.ALIVE, "node_selectors": here}
-            nodes = list(_call(address, "GetAllNodeInfo", deadline, **alive).node_info_list)
-        if nodes or time.monotonic() > deadline - 2 * LOOK_AGAIN_S:
-            break
-        time.sleep(LOOK_AGAIN_S)
-    if not nodes:
-        raise NoCluster(
-            f"The Ray cluster at {_plain(address)} is alive, but none of its nodes runs on this machine, and a Ray "
-            "driver must run on a node. Run the program on the cluster: "
-            "`ray job submit --address http://HEAD:8265 -- COMMAND`.",
-            address=_plain(address),
-        )
-    if not any(os.access(node.raylet_socket_name, os.W_OK) for node in nodes):
-        raise NoCluster(
-            f"The Ray cluster at {_plain(address)} is another user's: no permission to open "
-            f"{nodes[0].raylet_socket_name}. {_WAY_OUT}",
-            address=_plain(address),
-        )
-
-
-def _call(address: str, method: str, deadline: float, **fields: Any) -> Any:
-    """One call to the GCS over a channel made as Ray makes its own: TLS, and the token if the mode says so."""
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    request = getattr(gcs_service_pb2, f"{method}Request")(**fields)
-    channel = init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])
-    try:
-        call = getattr(gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel), method)
-        return call(request, timeout=max(0.05, deadline - time.monotonic()))
-    finally:
-        channel.close()
-
-
-def _set_mode(mode: str | None) -> None:
-    """Make this process use a token or not. Ray reads the variable at import, and again in `Config.initialize`."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    if mode is None:
-        os.environ.pop(_MODE, None)
-    else:
-        os.environ[_MODE] = mode
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()  # the file may have been copied here a moment ago

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -46,6 +47,7 @@ STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
 
 _Key = tuple[str, int]
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Gangs:
@@ -60,7 +62,9 @@ class Gangs:
         watch: NodeWatch,
         post: Callable[[Event], None],
         clock: Callable[[], float],
+        progress: Callable[[str, dict[str, Any]], None],
     ) -> None:
+        self._progress = progress
         self._ledger = ledger
         self._config = config
         self._placements = placements
@@ -209,6 +213,9 @@ class Gangs:
 
     async def _release(self, effect: Release) -> None:
         attempt = attempt_key(effect.job_id, effect.attempt)
+        self._stopping((effect.job_id, effect.attempt)).ask(
+            0
+        )  # a lease whose node died still waits for its stop
         node_ids = {each.node_id for each in effect.placed}
         removing = True
         while removing:
@@ -264,8 +271,11 @@ class _GangRun:
         if problem := _python_problem(spec, seats):
             failure = Outcome(Status.FAILED, problem)
             return RunExited(clock(), effect.job_id, effect.attempt, failure)
-        results = await self._follow(self._orders(spec, seats), seats)
-        outcome = _outcome(results, seats, self._orders(spec, seats))
+        orders = self._orders(spec, seats)
+        results = await self._follow(orders, seats)
+        if results[0].progress:
+            gangs._progress(effect.job_id, results[0].progress)
+        outcome = _outcome(results, seats, orders)
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
     async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:
@@ -311,10 +321,15 @@ class _GangRun:
 
     async def _tell_started(self, seats: list[Seat]) -> None:
         await asyncio.gather(*(handle.started.remote() for handle in self._handles))
-        hosts = tuple(seat.node_name for seat in seats)
+        hosts = tuple(self._node_name(seat) for seat in seats)
         gpus = tuple(seat.gpu_ids for seat in seats)
         gangs, effect = self._gangs, self._effect
         gangs._post(RunStarted(gangs._clock(), effect.job_id, effect.attempt, hosts, gpus))
+
+    def _node_name(self, seat: Seat) -> str:
+        """The node as listings name it."""
+        node = self._gangs._watch.seen.nodes.get(seat.node_id)
+        return node.name if node else seat.address
 
     async def _stop_when_asked(self, runs: list[asyncio.Future[RunResult]]) -> None:
         await self._stop.asked.wait()
@@ -335,6 +350,7 @@ class _GangRun:
                 job_id=effect.job_id,
                 attempt=effect.attempt,
                 ledger_key=gangs._ledger.key,
+                node_name=self._node_name(seats[bundle]),
                 bundle=bundle,
                 bundles=len(seats),
                 first_rank=bundle * local,
@@ -399,12 +415,13 @@ def _python_problem(spec: JobSpec, seats: list[Seat]) -> str | None:
     for seat in seats:
         if seat.python != spec.python:
             return (
-                f"the function was pickled by Python {spec.python}, node {seat.node_name} has {seat.python}; "
+                f"the function was pickled by Python {spec.python}, node {seat.address} has {seat.python}; "
                 "submit from the same version, or submit a command"
             )
     return None
 
 
 def _last_words(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = _COLOUR.sub("", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return " | ".join(lines[:1] + lines[-3:] if len(lines) > 4 else lines) or type(error).__name__

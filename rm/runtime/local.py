@@ -7,9 +7,6 @@ because it is the watchdog: with `fate_share` it ends the cluster as soon as the
 and if the launcher itself is killed, the kernel kills Ray's own processes (PR_SET_PDEATHSIG). Without `fate_share` it
 leaves once Ray is up.
 
-Every process of the cluster inherits MARK; what carries it, or descends from a carrier, is what `end` ends. That needs
-SPT_NOENV: Ray renames its workers, and a renamed process otherwise overwrites the environment that /proc shows.
-
 Nothing listens beyond loopback. Ray binds to loopback alone if a node's address is 127.0.0.1 to the letter, which
 `ray start` never lets it be on Linux; so nodes are started through `ray.cluster_utils`.
 
@@ -24,8 +21,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,16 +35,15 @@ from typing import Any, Self
 import psutil
 
 from rm.errors import ClusterError, InvalidSpec
+from rm.runtime.local_processes import KILL_S, end, environment, members
 
-MARK = "RM_LOCAL_RAY"
 READY = "ready.json"
 OBJECT_STORE_BYTES = 512 * 2**20
-TERM_S, KILL_S = 3.0, 10.0
-_DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+FRESH_S = 5.0
+"""A record of this age may well have no launcher yet."""
 _RECORD = "local-ray.json"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.99"
 _SOCKET_LIMIT = 107
-_NOT_INHERITED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_", "RAY_JOB_")
 
 
 @dataclass
@@ -78,6 +72,11 @@ class LocalRay:
     def num_gpus(self) -> int:
         """GPUs of all nodes."""
         return sum(self.gpus_per_node)
+
+    @property
+    def ray_address(self) -> str:
+        """What to set RAY_ADDRESS to for programs that use Ray without this package; see `default_name`."""
+        return default_name(self.address)
 
     @classmethod
     def start(
@@ -130,6 +129,7 @@ class LocalRay:
                 "object_store_bytes": object_store_bytes,
                 "dashboard_port": dashboard_port,
                 "fate_share": fate_share,
+                "starter": os.getpid(),
             }
             local._launch(order, timeout_s)
         except BaseException:
@@ -160,7 +160,7 @@ class LocalRay:
                 stdin=subprocess.PIPE if order["fate_share"] else subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_environment(self.key),
+                env=environment(self.key),
                 start_new_session=True,  # Ctrl-C is for the starter, who then stops the cluster in order
             )
         deadline = time.monotonic() + timeout_s
@@ -186,10 +186,11 @@ class LocalRay:
         except (OSError, ValueError, TypeError) as error:
             raise ClusterError(f"{path} can't be read ({error}); remove it") from error
         local.record = str(path)
-        names = {process.info["name"] for process in members(local.key)}
-        if local.address and {"gcs_server", "raylet"} <= names:
+        alive = members(local.key)
+        if local.address and {"gcs_server", "raylet"} <= {process.info["name"] for process in alive}:
             return local
-        if names and not local.address:
+        fresh = time.time() - path.stat().st_mtime < FRESH_S
+        if not local.address and (fresh or any(_is_launcher(process) for process in alive)):
             raise ClusterError(
                 f"another process is starting a local Ray for {home}; try again in a few seconds"
             )
@@ -248,6 +249,13 @@ class LocalRay:
         self.stop()
 
 
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        return any("rm.runtime.local_launcher" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def default_name(address: str) -> str:
     """How the machine's default cluster is named in Ray's file, for a cluster that is bound to loopback.
 
@@ -255,28 +263,6 @@ def default_name(address: str) -> str:
     there. It leaves the name in capitals alone.
     """
     return address.replace("127.0.0.1", "LOCALHOST")
-
-
-def _environment(key: str) -> dict[str, str]:
-    """The launcher's environment, and so that of every process of the cluster."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **kept,
-        MARK: key,
-        "SPT_NOENV": "1",
-        "RAY_AUTH_MODE": kept.get("RAY_AUTH_MODE") or "disabled",
-        # All that this does on Linux: drivers take 127.0.0.1 at its word. Jobs inherit it.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "AUTOSCALER_METRIC_PORT": str(_free_port()),
-        "DASHBOARD_METRIC_PORT": str(_free_port()),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _new_directory(temp_dir: str | Path) -> str:
@@ -288,59 +274,3 @@ def _new_directory(temp_dir: str | Path) -> str:
             f"temp_dir: {temp_dir} is too long for the names of sockets; use /tmp", field="temp_dir"
         )
     return directory
-
-
-# --- the end ---------------------------------------------------------------------------------------------------
-
-
-def members(key: str) -> set[psutil.Process]:
-    """The living processes of the cluster `key`, except the caller: who carries the mark, and their descendants.
-
-    `.info["name"]` of each is what it was called at that moment.
-    """
-    living = {
-        process.pid: process
-        for process in psutil.process_iter(["name", "ppid", "status", "environ"])
-        if process.info["status"] not in _DEAD
-    }
-    found = {pid for pid, process in living.items() if (process.info["environ"] or {}).get(MARK) == key}
-    size = -1
-    while size != len(found):
-        size = len(found)
-        found |= {pid for pid, process in living.items() if process.info["ppid"] in found}
-    return {living[pid] for pid in found - {os.getpid()}}
-
-
-def end(key: str) -> None:
-    """SIGTERM to the raylets, which end their workers; then SIGKILL to all that is left, until nothing is.
-
-    The order matters: a raylet whose agent got SIGTERM too takes 10 s to end, and a GCS may not heed it at all. What
-    was a descendant at first is remembered, since it may have lost its parent by the time that it is looked for again.
-    """
-    left = members(key)
-    raylets = {process for process in left if process.info["name"] == "raylet"}
-    _signal(raylets, signal.SIGTERM)
-    deadline = time.monotonic() + TERM_S
-    while time.monotonic() < deadline and any(map(_lives, raylets)):
-        time.sleep(0.02)
-    deadline = time.monotonic() + KILL_S
-    while left := {process for process in left | members(key) if _lives(process)}:
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"processes {sorted(process.pid for process in left)} of a local Ray do not end"
-            )
-        _signal(left, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def _signal(processes: set[psutil.Process], number: int) -> None:
-    for process in processes:
-        with suppress(psutil.Error):  # gone; psutil has made sure that its pid is still its own
-            process.send_signal(number)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() not in _DEAD
-    except psutil.Error:
-        return False

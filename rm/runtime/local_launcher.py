@@ -1,7 +1,7 @@
 """The process that starts the Ray of a `LocalRay` and, if that is to share its starter's fate, watches the starter.
 
 Run by `LocalRay.start` with one argument, the order as JSON; it reports LocalRay's fields as JSON in READY. Killed at
-any moment, it leaves nothing that `rm.runtime.local.end` would not find.
+any moment, it leaves nothing that `end` would not find.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from rm.runtime.local import READY, LocalRay, default_name, end
+from rm.runtime.local import READY, LocalRay, default_name
+from rm.runtime.local_processes import end
 
 LOGICAL_GPUS = 4
 """How many GPUs a node pretends to have if the machine has none and no number is asked for."""
@@ -31,7 +32,6 @@ LOOK_S = 0.5
 
 def main() -> NoReturn:
     """Start the nodes as ordered, report, and leave or keep watch."""
-    parent = os.getppid()
     order = json.loads(sys.argv[1])
     fate_share = order["fate_share"]
     local = LocalRay(order["key"], order["directory"], record=order["record"])
@@ -51,20 +51,20 @@ def main() -> NoReturn:
         traceback.print_exc()
         os._exit(1)  # the starter, or the kernel, ends what there is of the cluster
     if fate_share:
-        _watch(parent)
+        _watch(order["starter"])
         end(local.key)
         local.remove_files()
     os._exit(0)  # without Ray's own exit handlers, which would end the cluster
 
 
-def _watch(parent: int) -> None:
+def _watch(starter: int) -> None:
     """Return when the starter is gone or drops its end of our stdin, or on SIGTERM.
 
     The pipe tells at once, but a child that the starter forked may hold it open for longer than the starter lives.
     """
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    while not told and os.getppid() == parent and not select.select([0], [], [], LOOK_S)[0]:
+    while not told and os.getppid() == starter and not select.select([0], [], [], LOOK_S)[0]:
         pass
 
 

@@ -8,12 +8,16 @@ from typing import Any
 from rm.core.model import Kind
 
 
+def archive_id(ledger_key: str, job_id: str) -> str:
+    """`k3f2a1c-j17`: a job's logs and results in the store. Job numbers start anew with each ledger."""
+    return f"k{ledger_key}-{job_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """Where a runner found itself. `port` is free there for a gang's rendezvous."""
 
     node_id: str
-    node_name: str
     address: str
     port: int
     gpu_ids: tuple[str, ...]
@@ -27,6 +31,7 @@ class RunOrder:
     job_id: str
     attempt: int
     ledger_key: str
+    node_name: str
     bundle: int
     bundles: int
     first_rank: int
@@ -44,6 +49,11 @@ class RunOrder:
     cpus: float
     checkpoint_dir: str
     grace_s: float
+
+    @property
+    def archive_id(self) -> str:
+        """The job's name in the store, which may serve several ledgers over the years."""
+        return archive_id(self.ledger_key, self.job_id)
 
     @property
     def key(self) -> str:

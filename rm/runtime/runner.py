@@ -9,20 +9,24 @@ allocator) joins the run under way or repeats its result, so an attempt can't ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
 import socket
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
 import ray
+from ray.exceptions import RayError
 
 from rm.core.model import Kind
 from rm.errors import RmError
 from rm.runtime.entry import result_path
+from rm.runtime.links import Link
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
@@ -34,7 +38,7 @@ log = logging.getLogger("rm.runner")
 REPORT_S = 0.5
 """How often progress is read and passed on."""
 TAIL_LINES = 20
-_NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process", "not_started"})
+_NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 """Kinds of exit that are not the fault of user code."""
 
 
@@ -54,7 +58,6 @@ class Runner:
         context = ray.get_runtime_context()
         return Seat(
             node_id=context.get_node_id(),
-            node_name=socket.gethostname(),
             address=ray.util.get_node_ip_address(),
             port=_free_port(),
             gpu_ids=tuple(context.get_accelerator_ids().get("GPU", [])),
@@ -87,19 +90,19 @@ class Runner:
         except RmError as error:
             return RunResult(ok=False, rank=order.first_rank, message=error.message, failed_at=time.time())
         except OSError as error:
-            where = f"{workspace.path} on {socket.gethostname()}"
+            where = f"{workspace.path} on {order.node_name}"
             return RunResult(ok=False, rank=order.first_rank, message=f"can't prepare {where}: {error}")
         finally:
             self._started.set()
             workspace.remove()
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
-        store = ray.get_actor("store", namespace="rm")
+        store = Link("store")
         payload = working_dir = None
         if order.kind is Kind.FUNCTION:
-            payload = await store.get_blob.remote(order.payload_sha256)
+            payload = await store.call("get_blob", order.payload_sha256)
         if order.working_dir_sha256:
-            working_dir = await store.get_blob.remote(order.working_dir_sha256)
+            working_dir = await store.call("get_blob", order.working_dir_sha256)
         await asyncio.to_thread(workspace.create, payload, working_dir)
         processes = workspace.processes()
         if self._stop_asked:
@@ -122,18 +125,22 @@ class Runner:
         await shipper.finish()
         result = self._result(workspace, order, outcome)
         if order.kind is Kind.FUNCTION:
-            await self._keep_result(store, workspace, order, result)
+            try:
+                await self._keep_result(store, workspace, order, result)
+            except (RayError, ValueError) as error:
+                # The function has run: doing it all again because its result got lost is not ours to decide.
+                return replace(result, ok=False, message=f"its result could not be stored: {error}")
         return result
 
     @staticmethod
-    async def _keep_result(store: Any, workspace: Workspace, order: RunOrder, result: RunResult) -> None:
+    async def _keep_result(store: Link, workspace: Workspace, order: RunOrder, result: RunResult) -> None:
         """Send rank 0's value, or the exception of the rank that failed, to the store."""
         rank = 0 if result.ok else result.rank or 0
         path = result_path(workspace.result, rank)
         if (result.ok and order.first_rank != 0) or result.stopped or not path.exists():
             return
         data = await asyncio.to_thread(path.read_bytes)
-        await store.put_result.remote(order.job_id, order.attempt, data)
+        await store.call("put_result", order.archive_id, order.attempt, data)
 
     def _result(self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome) -> RunResult:
         progress = self._progress.get(order.first_rank) if order.first_rank == 0 else None
@@ -147,7 +154,7 @@ class Runner:
             rank=failed.rank,
             exit_code=failed.code,
             signal=failed.signal,
-            message=_raised(workspace, order, failed) or _describe(failed),
+            message=_raised(workspace, order, failed) or _describe(failed, order.node_name),
             tail=tuple(_tail(workspace, failed.rank)),
             lost=failed.error_kind in _NODE_FAILED,
             stopped=self._stop_asked and outcome.first_failed is None,
@@ -156,17 +163,15 @@ class Runner:
         )
 
     async def _pass_on_reports(self, order: RunOrder) -> None:
-        allocator: Any = None
+        allocator = Link("allocator")
         while True:
             await asyncio.sleep(REPORT_S)
-            if not self._read_reports(order) or order.first_rank != 0:
-                continue
-            try:
-                allocator = allocator or ray.get_actor("allocator", namespace="rm")
-                # Not awaited: progress is a courtesy, and an allocator that restarts must not hold up the runner.
-                allocator.progress.remote(order.job_id, order.attempt, self._progress[0])
-            except ValueError:
-                allocator = None
+            if self._read_reports(order) and order.first_rank == 0:
+                # Progress is a courtesy: what can't be passed on now is passed on with the next.
+                with contextlib.suppress(RayError, ValueError):
+                    await allocator.call(
+                        "progress", order.job_id, order.attempt, self._progress[0], give_up_s=5
+                    )
 
     def _read_reports(self, order: RunOrder) -> bool:
         """Take in what ranks reported. True where rank 0 said something new."""
@@ -182,9 +187,9 @@ class Runner:
         return news
 
 
-def _describe(exit_: RankExit) -> str:
+def _describe(exit_: RankExit, node_name: str) -> str:
     """One sentence: which rank, how it ended, and where."""
-    where = f"rank {exit_.rank} on {socket.gethostname()}"
+    where = f"rank {exit_.rank} on {node_name}"
     if exit_.error:
         return f"{where}: {exit_.error}"
     if exit_.signal is not None:
@@ -203,7 +208,7 @@ def _raised(workspace: Workspace, order: RunOrder, exit_: RankExit) -> str | Non
     if not error or error["type"] == "SystemExit":
         return None
     first_line = (error["message"].splitlines() or [""])[0]
-    return f"rank {exit_.rank} on {socket.gethostname()} raised {error['type']}: {first_line}"
+    return f"rank {exit_.rank} on {order.node_name} raised {error['type']}: {first_line}"
 
 
 def _tail(workspace: Workspace, rank: int) -> list[str]:

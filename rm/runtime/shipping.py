@@ -11,10 +11,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from ray.exceptions import RayError
 
+from rm.runtime.links import Link
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import RankProcess
 from rm.runtime.tail import Tail
@@ -31,7 +31,7 @@ GIVE_UP_S = 60.0
 class LogShipper:
     """Every rank's stdout and stderr of one bundle."""
 
-    def __init__(self, store: Any, order: RunOrder, processes: Sequence[RankProcess]) -> None:
+    def __init__(self, store: Link, order: RunOrder, processes: Sequence[RankProcess]) -> None:
         self._store = store
         self._order = order
         self._tails = [
@@ -47,7 +47,7 @@ class LogShipper:
         while True:
             try:
                 moved = await self._pass()
-            except RayError:
+            except (RayError, ValueError):
                 log.warning("the log store can't be reached; trying again")
                 moved = False
                 await asyncio.sleep(1)
@@ -62,9 +62,9 @@ class LogShipper:
                 while await self._pass():
                     pass
                 for rank, stream, _ in self._tails:
-                    await self._store.close_log.remote(self._order.job_id, self._order.attempt, rank, stream)
+                    await self._call("close_log", rank, stream)
                 return
-            except RayError:
+            except (RayError, ValueError):
                 if time.monotonic() > deadline:
                     log.exception("the log store can't be reached; the end of the log is lost")
                     return
@@ -83,8 +83,11 @@ class LogShipper:
         offset = self._sent.get(key, 0)
         # Kept until acknowledged: a cancelled or failed call must not lose the batch.
         self._unsent[key] = data
-        order = self._order
-        await self._store.append_log.remote(order.job_id, order.attempt, rank, stream, offset, data)
+        await self._call("append_log", rank, stream, offset, data)
         del self._unsent[key]
         self._sent[key] = offset + len(data)
         return True
+
+    async def _call(self, method: str, rank: int, stream: str, *args: object) -> None:
+        order = self._order
+        await self._store.call(method, order.archive_id, order.attempt, rank, stream, *args)

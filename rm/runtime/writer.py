@@ -85,6 +85,7 @@ class Writer:
         self._watchers: dict[str, set[asyncio.Future[None]]] = {}
         self._committed: dict[str, Job] = {}
         self._ended: OrderedDict[str, Job] = OrderedDict()
+        self._nodes: dict[str, Node] = {}
         self._stopping = False
         self._scheduling = False
         self.broken: str | None = None
@@ -176,7 +177,7 @@ class Writer:
     def view(self) -> View:
         return View(
             MappingProxyType(self._committed),
-            MappingProxyType(self.state.nodes),
+            MappingProxyType(self._nodes),
             MappingProxyType(self._ended),
         )
 
@@ -252,6 +253,7 @@ class Writer:
         return after
 
     def _publish(self, changed: Iterable[Job]) -> None:
+        self._nodes = dict(self.state.nodes)
         for job in changed:
             if job.status.terminal:
                 self._committed.pop(job.id, None)

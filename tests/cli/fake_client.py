@@ -19,7 +19,7 @@ def view(job_id: str, status: str = "RUNNING", **fields: Any) -> JobView:
     ended = status in ("SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT")
     values: dict[str, Any] = {
         "id": job_id, "name": "train.py", "owner": "ada", "kind": "command", "queue": "default", "priority": 0,
-        "status": status, "gpus": 2, "bundles": 1, "gpus_per_bundle": 2, "gpu_types": (), "attempts": 1,
+        "status": status, "gpus": 2, "bundles": 1, "gpus_per_bundle": 2, "ranks": 1, "gpu_types": (), "attempts": 1,
         "failures": 0, "infra_failures": 0, "submitted_at": 1_700_000_000.0,
         "started_at": None if status == "QUEUED" else 1_700_000_010.0,
         "ended_at": 1_700_000_100.0 if ended else None, "time_limit_s": None, "command": "python train.py",
@@ -60,7 +60,8 @@ class FakeClient(Client):
         self.reasons: dict[str, dict[str, Any]] = {}
         self.output: dict[tuple[int, str], bytes] = {}
         self.submitted: list[JobSpec] = []
-        self.asked: list[str] = []
+        self.stopped: list[tuple[bool, bool]] = []
+        """`cancel_jobs` and `keep_jobs` of each time that the allocator was to end."""
         self.connected: list[tuple[str | None, bool]] = []
         """Address and `start` of each connection that a command made."""
 
@@ -68,11 +69,13 @@ class FakeClient(Client):
         self.views |= {each.id: each for each in views}
 
     def _allocator(self, method: str, *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
-        self.asked.append(method)
         return getattr(self, f"on_{method}")(*args, **kwargs)
 
     def _store(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
         return getattr(self, f"on_{method}")(*args)
+
+    def stop_allocator(self, *, cancel_jobs: bool = False, keep_jobs: bool = False) -> None:
+        self.stopped.append((cancel_jobs, keep_jobs))
 
     # --- the allocator's answers ---------------------------------------------------------------------------
 

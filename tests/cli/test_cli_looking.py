@@ -201,14 +201,14 @@ def test_nodes_shows_whose_the_gpus_are(rmctl: Any, fake: FakeClient) -> None:
 
 
 def test_logs_are_printed_as_they_were(rmctl: Any, fake: FakeClient) -> None:
-    fake.add(view("j1", "SUCCEEDED"))
+    fake.add(view("j1", "SUCCEEDED", ranks=2))
     fake.output = {
         (0, "out"): b"\x1b[32mgreen\x1b[0m [red]\n",
         (0, "err"): b"warning\n",
         (1, "out"): b"other\n",
     }
     assert rmctl("logs", "1", "--rank", "0", "--stdout").out == "\x1b[32mgreen\x1b[0m [red]\n"
-    assert rmctl("logs", "1", "--stderr").out == "warning\n"
+    assert rmctl("logs", "1", "--stderr").out == "[rank 0] warning\n"
     assert rmctl("logs", "-f", "1", "--stdout").out.splitlines()[1] == "[rank 1] other"
 
 

@@ -198,9 +198,7 @@ def local(monkeypatch: pytest.MonkeyPatch, fake: FakeClient, tmp_path: Path) -> 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     hello = {"version": "0.1.0", "pid": 1, "live_jobs": 0, "home": "/h", "ledger_url": "sqlite:////h/l"}
     fake.on_hello = lambda: hello  # type: ignore[attr-defined]
-    fake.on_shutdown = lambda **_: None  # type: ignore[attr-defined]
     fake.node_views = [node("here", 2)]
-    monkeypatch.setattr("rm.runtime.connect.stop_actors", lambda _actors: fake.asked.append("stop_actors"))
     return kind
 
 
@@ -233,7 +231,7 @@ def test_stop_ends_the_local_ray_that_start_began(rmctl: Any, fake: FakeClient, 
     assert rmctl("stop", "--json").json == {"allocator": "stopped", "ray": "ended", "home": "/h"}
     assert local.stopped
     assert fake.connected == [("127.0.0.1:4242", False)]
-    assert fake.asked[-2:] == ["shutdown", "stop_actors"]
+    assert fake.stopped == [(False, False)]
 
 
 def test_stop_leaves_any_other_ray_alone(
@@ -252,7 +250,7 @@ def test_stop_keep_jobs_keeps_their_ray(rmctl: Any, fake: FakeClient, local: Any
     ran = rmctl("stop", "--keep-jobs")
     assert ran.code == 0
     assert not local.stopped
-    assert "shutdown" not in fake.asked
+    assert fake.stopped == [(False, True)]
     assert "127.0.0.1:4242" in ran.err
     assert rmctl("stop", "--keep-jobs", "--cancel-jobs").code == 2
 

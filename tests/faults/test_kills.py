@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from probes import actor_pids, user_processes, wait_until
 
+from rm.errors import AllocatorUnavailable
+
 pytestmark = pytest.mark.ray
 
 
@@ -96,6 +98,36 @@ def test_the_store_is_killed_and_no_line_is_lost(client) -> None:
     assert job.logs() == "".join(f"{i}\n" for i in range(1, 201))
 
 
+def test_an_allocator_that_is_stopped_and_started_again_finds_its_running_jobs(
+    ray_cluster, client, tmp_path
+) -> None:
+    import rm
+    from rm.spec import Config
+
+    def work(gate: str) -> str:
+        import time
+        from pathlib import Path
+
+        print("before", flush=True)
+        while not Path(gate).exists():
+            time.sleep(0.05)
+        print("after", flush=True)
+        return "the result"
+
+    gate = tmp_path / "gate"
+    job = client.submit(work, str(gate), num_gpus=1)
+    wait_until(lambda: job.logs() == "before\n", what="it prints")
+    client.stop_allocator(keep_jobs=True)
+    with pytest.raises(AllocatorUnavailable, match="rmctl start"):
+        client.jobs()
+    gate.touch()
+    time.sleep(1)
+    rm.connect(config=Config(home=ray_cluster.home, checkpoint_root=str(ray_cluster.home / "checkpoints")))
+    assert job.result(60) == "the result", "the old handle finds the new allocator by its name"
+    assert job.logs() == "before\nafter\n"
+    assert job.view().attempts == 1
+
+
 def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_cluster, client) -> None:
     extra = ray_cluster.cluster.add_node(
         num_cpus=1,
@@ -114,5 +146,5 @@ def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_clus
     view = job.wait(90)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
     assert len(client.nodes()) == 3
-    chunk = client._store("read_log", job.id, 1, 0, "out", 0, 1000)
+    chunk = job._store("read_log", 1, 0, "out", 0, 1000)
     assert chunk.data == f"{job.id}.1\n".encode(), "the log of the first attempt outlives its node"

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from rm.runtime.local import LocalRay, members
+from rm.runtime.local import LocalRay
+from rm.runtime.local_processes import members
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(120)]
 

@@ -21,7 +21,8 @@ import pytest
 
 from rm.errors import ClusterError, InvalidSpec
 from rm.runtime import local_launcher
-from rm.runtime.local import MARK, LocalRay, members
+from rm.runtime.local import LocalRay
+from rm.runtime.local_processes import MARK, members
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(120)]
 
@@ -41,7 +42,9 @@ def python(code: str, **environment: str) -> list[str]:
 
 
 def _clean() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RUNTIME_ENV_"))
+    }
 
 
 def within(seconds: float, condition: Callable[[], Any]) -> float:
@@ -193,16 +196,24 @@ def test_the_remains_of_a_cluster_that_is_gone_are_removed(tmp_path: Path) -> No
 
 
 def test_a_cluster_that_is_being_started_is_not_started_twice(tmp_path: Path) -> None:
+    record = tmp_path / "local-ray.json"
     starting = LocalRay("4567", str(tmp_path / "ray"))
-    starting._claim(tmp_path / "local-ray.json")
-    launcher = subprocess.Popen(["sleep", "1000"], env={MARK: starting.key})
+    starting._claim(record)
     with pytest.raises(ClusterError, match="another process is starting"):
         LocalRay.start(fate_share=False, home=tmp_path)
     with pytest.raises(ClusterError, match="another process is starting"):
-        starting._claim(tmp_path / "local-ray.json")
-    starting.stop()
-    assert launcher.wait(5) == -signal.SIGKILL
-    (tmp_path / "local-ray.json").write_text("{}")
+        starting._claim(record)
+    os.utime(record, (0, 0))
+    sleep = "import time; time.sleep(1000)  # rm.runtime.local_launcher"
+    launcher = subprocess.Popen([sys.executable, "-c", sleep], env={MARK: starting.key})
+    within(5, lambda: members(starting.key))
+    with pytest.raises(ClusterError, match="another process is starting"):
+        LocalRay.find(tmp_path)
+    launcher.kill()
+    launcher.wait()
+    assert LocalRay.find(tmp_path) is None  # it was given up half-way
+    assert not record.exists()
+    record.write_text("{}")
     with pytest.raises(ClusterError, match="remove it"):
         LocalRay.find(tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 from probes import groups, user_processes, wait_until
 
 import rm
-from rm.errors import JobFailed
+from rm.errors import JobFailed, LeaseLost
 
 pytestmark = pytest.mark.ray
 
@@ -237,6 +237,14 @@ def test_a_lease_serves_the_users_own_ray_tasks(client) -> None:
         assert sum(node.foreign_gpus for node in client.nodes()) == 0, "work inside the lease is not foreign"
     assert lease.job.status == "SUCCEEDED"
     assert sum(node.charged_gpus for node in client.nodes()) == 0
+
+
+def test_a_lease_that_is_over_says_so(client) -> None:
+    with client.lease(num_gpus=1, timeout=30, time_limit=0.5) as lease:
+        lease.options()
+        wait_until(lambda: lease.job.status == "TIMED_OUT", what="its time limit ended it")
+        with pytest.raises(LeaseLost, match="TIMED_OUT"):
+            lease.options()
 
 
 def test_capacity_that_other_ray_work_uses_is_respected(client) -> None:
