@@ -180,6 +180,7 @@ class LocalRay:
         """The cluster that was started for `home` and still runs. The remains of one that is gone are removed."""
         path = Path(home, _RECORD).absolute()
         try:
+            fresh = time.time() - path.stat().st_mtime < FRESH_S
             local = cls(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
@@ -189,7 +190,6 @@ class LocalRay:
         alive = members(local.key)
         if local.address and {"gcs_server", "raylet"} <= {process.info["name"] for process in alive}:
             return local
-        fresh = time.time() - path.stat().st_mtime < FRESH_S
         if not local.address and (fresh or any(_is_launcher(process) for process in alive)):
             raise ClusterError(
                 f"another process is starting a local Ray for {home}; try again in a few seconds"
