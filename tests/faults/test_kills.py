@@ -20,11 +20,11 @@ def runner_pid(client, bundle: str) -> int:
 
 
 def processes_of(job_id: str) -> list[int]:
-    """The job's rank processes (not what they start in turn)."""
+    """The job's rank processes: each leads a session, and what it starts in turn does not."""
     return [
         pid
-        for pid, command in user_processes().items()
-        if command.startswith("bash -c") and environ(pid).get("RM_JOB_ID") == job_id
+        for pid in user_processes()
+        if environ(pid).get("RM_JOB_ID") == job_id and os.getsid(pid) == pid and "RANK" in environ(pid)
     ]
 
 
@@ -142,6 +142,7 @@ def test_a_dead_node_loses_its_attempt_once_and_the_gang_runs_elsewhere(ray_clus
     job = client.submit("echo $RM_ATTEMPT; [ $RM_ATTEMPT = $RM_JOB_ID.2 ] || sleep 1000", num_gpus=2)
     wait_until(lambda: job.status == "RUNNING", what="it runs")
     assert job.view().nodes == (node.name,)
+    wait_until(job.logs, what="its first line is in the store")
     ray_cluster.cluster.remove_node(extra, allow_graceful=False)
     view = job.wait(90)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
