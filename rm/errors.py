@@ -96,6 +96,10 @@ class AllocatorUnavailable(ClusterError):
     """The allocator did not answer in time, or is stopping."""
 
 
+class NoAllocator(AllocatorUnavailable):
+    """The cluster is there, and no allocator runs on it."""
+
+
 class LedgerUnavailable(ClusterError):
     """The ledger can't be read or written. Nothing was acknowledged."""
 

@@ -11,10 +11,14 @@ import typer
 from rm import tables
 from rm.cli.screen import note, show, show_json
 from rm.cli.session import AsJson, connect, settings
-from rm.errors import AllocatorUnavailable, InvalidSpec
+from rm.errors import InvalidSpec, NoAllocator
 
 if TYPE_CHECKING:
     from rm.runtime.local import LocalRay
+
+DASHBOARD_PORT = 8265
+"""Where people look for Ray's dashboard; another port is taken where this one is in use."""
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
 def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
@@ -89,7 +93,7 @@ def _local_ray(num_gpus: int | None) -> LocalRay:
     running = LocalRay.find(home)
     if running is None:
         note("starting Ray on this machine …")
-        return LocalRay.start(num_gpus, fate_share=False, home=home)
+        return LocalRay.start(num_gpus, fate_share=False, home=home, dashboard_port=DASHBOARD_PORT)
     if num_gpus not in (None, running.num_gpus):
         raise InvalidSpec(
             f"num_gpus: the local Ray runs already, with {running.num_gpus} GPUs; `rmctl stop` ends it",
@@ -100,7 +104,7 @@ def _local_ray(num_gpus: int | None) -> LocalRay:
 
 def _exports(ray: LocalRay) -> dict[str, str]:
     """What another shell needs to find it: for drivers, for `ray job submit`, and the token mode where it is on."""
-    exports = {"RAY_ADDRESS": ray.address}
+    exports = {"RAY_ADDRESS": ray.ray_address}
     if ray.dashboard_url:
         exports["RAY_API_SERVER_ADDRESS"] = ray.dashboard_url
     if os.environ.get("RAY_AUTH_MODE") == "token":
@@ -129,12 +133,12 @@ def stop(
 
     ray = LocalRay.find(settings().home)
     address = ctx.obj or os.environ.get("RAY_ADDRESS") or (ray.address if ray else None)
-    if ray and address != ray.address:
+    if ray and not _names(str(address), ray):
         ray = None  # another cluster is meant
     stopped: dict[str, Any] = {"allocator": "stopped", "ray": "left running"}
     try:
-        client = connect(ctx, address=address)
-    except AllocatorUnavailable as error:
+        client = connect(ctx, address=address, any_version=True)
+    except NoAllocator as error:
         if ray is None:
             raise
         stopped["allocator"] = f"not running ({error.message})"
@@ -151,6 +155,12 @@ def stop(
     if ray and keep_jobs:
         note(f"Ray stays up at {ray.address} for the jobs; `rmctl start` takes them over again")
     return 0
+
+
+def _names(address: str, ray: LocalRay) -> bool:
+    """Whether `address` means this local Ray, in any of the ways to write loopback."""
+    host, _, port = address.rpartition(":")
+    return host.lower() in LOOPBACK and port == ray.address.rpartition(":")[2]
 
 
 # --- the rest ------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="j17, or just 17.")]
 JobIds = Annotated[list[str], typer.Argument(metavar="ID", help="j17, or just 17.")]
 
 
-def connect(ctx: typer.Context, *, start: bool = False, address: str | None = None) -> Client:
+def connect(
+    ctx: typer.Context, *, start: bool = False, address: str | None = None, any_version: bool = False
+) -> Client:
     """Connect to `address`, else where `--address` says. Only commands that submit start an allocator."""
     from rm import client
 
-    return client.connect(address or ctx.obj, config=settings(), start=start)
+    return client.connect(address or ctx.obj, config=settings(), start=start, any_version=any_version)
 
 
 def settings() -> Config:

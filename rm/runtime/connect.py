@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 import rm
-from rm.errors import AllocatorUnavailable, InvalidSpec, RmError
+from rm.errors import AllocatorUnavailable, InvalidSpec, NoAllocator, RmError
 from rm.runtime.allocator import Allocator
 from rm.runtime.archive import Store
 from rm.runtime.attach import attach
@@ -42,9 +42,7 @@ class Actors:
             try:
                 setattr(self, name, ray.get_actor(name, namespace=NAMESPACE))
             except ValueError:
-                raise AllocatorUnavailable(
-                    f"the {name} was stopped; start it again with `rmctl start`"
-                ) from None
+                raise NoAllocator(f"the {name} was stopped; start it again with `rmctl start`") from None
             return call(getattr(getattr(self, name), method).remote(*args, **kwargs), timeout_s)
 
 
@@ -71,9 +69,7 @@ def connect_actors(
         store = ray.get_actor("store", namespace=NAMESPACE)
     except ValueError:
         if not start:
-            raise AllocatorUnavailable(
-                "no allocator runs on this cluster; start it with `rmctl start`"
-            ) from None
+            raise NoAllocator("no allocator runs on this cluster; start it with `rmctl start`") from None
         allocator, store = _start((config or _config()).resolved())
     return Actors(allocator, store, _hello(allocator, any_version))
 

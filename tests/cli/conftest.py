@@ -30,7 +30,9 @@ class Ran:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
 
-    def connect(address: str | None = None, *, config: Any = None, start: bool = True) -> FakeClient:
+    def connect(
+        address: str | None = None, *, config: Any = None, start: bool = True, **_: Any
+    ) -> FakeClient:
         fake.connected.append((address, start))
         return fake
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 import rm
 from rm import tables
-from rm.errors import AllocatorUnavailable, InternalError, NoCluster, UnknownJob
+from rm.errors import AllocatorUnavailable, InternalError, NoAllocator, NoCluster, UnknownJob
 
 HERE = Path(__file__).parent
 
@@ -168,6 +168,7 @@ class FakeLocalRay:
 
     running: FakeLocalRay | None = None
     address = "127.0.0.1:4242"
+    ray_address = "LOCALHOST:4242"
     dashboard_url = "http://127.0.0.1:8265"
     num_gpus = 2
     stopped = False
@@ -207,13 +208,13 @@ def test_start_local_says_what_to_export_and_what_comes_next(
 ) -> None:
     ran = rmctl("start", "--local", "-g", "2")
     assert ran.code == 0
-    assert "  export RAY_ADDRESS=127.0.0.1:4242\n" in ran.out
+    assert "  export RAY_ADDRESS=LOCALHOST:4242\n" in ran.out
     assert "  export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265\n" in ran.out
     assert "rmctl run -g 1 -- python train.py" in ran.out
     assert "2 logical GPUs" in ran.out
     assert fake.connected == [("127.0.0.1:4242", True)]
     again = rmctl("start", "--local", "--json")
-    assert again.json["exports"]["RAY_ADDRESS"] == "127.0.0.1:4242"
+    assert again.json["exports"]["RAY_ADDRESS"] == "LOCALHOST:4242"
     assert rmctl("start", "--local", "-g", "5").code == 2, "it runs already, with another number"
 
 
@@ -261,9 +262,15 @@ def test_a_local_ray_without_allocator_is_ended_too(
     rmctl("start", "--local")
 
     def none(*_: Any, **__: Any) -> None:
-        raise AllocatorUnavailable("no allocator runs on this cluster")
+        raise NoAllocator("no allocator runs on this cluster")
 
+    def silent(*_: Any, **__: Any) -> None:
+        raise AllocatorUnavailable("the allocator did not answer")
+
+    monkeypatch.setattr("rm.client.connect", silent)
+    assert rmctl("stop").code == 3
+    assert not local.stopped, "jobs may be running there"
     monkeypatch.setattr("rm.client.connect", none)
-    assert rmctl("stop").code == 0
+    assert rmctl("--address", "localhost:4242", "stop").code == 0
     assert local.stopped
     assert rmctl("stop").code == 3
