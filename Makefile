@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/rmctl demo
 
 test: lint types layers services
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -70,8 +70,13 @@ class Job:
 
     def events(self) -> list[EventView]:
         """What happened to it, oldest first, from the ledger."""
-        events: list[EventView] = self._client._allocator("events", self.id)
-        return events
+        events: list[EventView] = []
+        while True:
+            after = events[-1].seq if events else 0
+            page: list[EventView] = self._client._allocator("events", self.id, after)
+            events += page
+            if not page:
+                return events
 
     # --- waiting -----------------------------------------------------------------------------------------
 

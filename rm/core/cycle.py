@@ -156,7 +156,7 @@ def _no_capacity(gang: Gang, rooms: dict[str, Room]) -> Reason:
         memory_gib = max((each.memory_bytes for each in rooms.values()), default=0) / 2**30
         return Reason(
             reasons.WAITING_FOR_CAPACITY,
-            f"{gpu_count(gang.gpu_units):g} GPUs are free for it, but not its CPUs and memory beside them: "
+            f"{_gpus(gang.gpu_units)} are free for it, but not its CPUs and memory beside them: "
             f"the most on one node are {cpus:g} CPUs and {memory_gib:.1f} GiB",
             {**evidence, "cpus_on_one_node": cpus, "memory_gib_on_one_node": round(memory_gib, 1)},
             "a lower cpus_per_gpu or memory_per_gpu could start sooner",
@@ -164,14 +164,18 @@ def _no_capacity(gang: Gang, rooms: dict[str, Room]) -> Reason:
     if free >= gang.gpu_units:
         return Reason(
             reasons.FRAGMENTED,
-            f"{gpu_count(free):g} GPUs are free, but not as {gang}: "
-            f"the most on one node are {gpu_count(largest):g}",
+            f"{_gpus(free)} are free, but not as {gang}: the most on one node are {gpu_count(largest):g}",
             evidence,
             "smaller bundles (more nodes with fewer GPUs each) could start sooner",
         )
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"needs {gpu_count(gang.gpu_units):g} GPUs, {gpu_count(free):g} are free",
+        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} are free",
         evidence,
         "it starts as soon as running jobs release enough",
     )
+
+
+def _gpus(units: int) -> str:
+    count = gpu_count(units)
+    return "1 GPU" if count == 1 else f"{count:g} GPUs"

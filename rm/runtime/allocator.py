@@ -50,6 +50,8 @@ NODE_TYPES_LOOK_S = 60.0
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
 SPECS_KEPT = 2_000
+FIRST_TURN_S = 5.0
+"""How long the first answer waits for the writer's first commit."""
 QUEUES = frozenset({"default"})
 
 
@@ -128,6 +130,10 @@ class Allocator:
             asyncio.create_task(self._listen_for_holders()),
             asyncio.create_task(self._look_at_node_types()),
         ]
+        # Who asks right after the start must not hear that there are no nodes.
+        deadline = time.monotonic() + FIRST_TURN_S
+        while len(self._writer.view().nodes) < len(self._watch.seen.nodes) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
 
     async def _remove_orphans(self, runners: Runners) -> None:
         """Groups of ours whose attempt the ledger doesn't know as live: nobody would ever release them."""

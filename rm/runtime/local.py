@@ -114,9 +114,7 @@ class LocalRay:
         if not fate_share and home is None:
             raise InvalidSpec("home: needed without fate_share, to find the cluster again", field="home")
         if home is not None and not fate_share and (running := cls.find(home)):
-            raise ClusterError(
-                f"a local Ray runs already at {running.address}; end it with `rmctl stop --local`"
-            )
+            raise ClusterError(f"a local Ray runs already at {running.address}; end it with `rmctl stop`")
         local = cls(key=secrets.token_hex(8), directory=_new_directory(temp_dir))
         try:
             if home is not None and not fate_share:

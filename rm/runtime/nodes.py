@@ -25,6 +25,8 @@ from rm.core.resources import gpu_units
 log = logging.getLogger("rm.nodes")
 
 FAST_S = 0.025
+Amounts = tuple[int, int, int]
+"""GPU units, milli-CPUs, bytes."""
 _GROUP = re.compile(r"^(CPU|GPU|memory|bundle)_group_([0-9a-f]{36})$")
 """A group's wildcard resource on a node: the sum over its bundles there."""
 
@@ -42,7 +44,7 @@ class SeenNode:
     free_cpu_milli: int
     free_memory_bytes: int
     labels: tuple[tuple[str, str], ...]
-    groups: dict[str, tuple[int, int, int]]
+    groups: dict[str, Amounts]
     """Committed groups, ours and others': id → (GPU units, milli-CPUs, bytes)."""
 
 
@@ -77,7 +79,8 @@ class NodeWatch:
         self._hurry = asyncio.Event()
         self._next: asyncio.Future[None] | None = None
         self._known: dict[str, SeenNode] = {}
-        self._foreign: dict[str, tuple[int, int, int]] = {}
+        self._foreign: dict[str, Amounts] = {}
+        self._unconfirmed: dict[str, Amounts] = {}
         self._launchable: tuple[NodeShape, ...] | None = None
         self.seen = Seen()
 
@@ -86,18 +89,18 @@ class NodeWatch:
         failures = 0
         while True:
             try:
+                self._hurry.clear()
                 await self.observe()
                 failures = 0
             except Exception:
                 failures += 1
                 if failures in (1, 10, 100):
                     log.warning("Ray's nodes can't be read (%d times in a row)", failures, exc_info=True)
-            self._hurry.clear()
             try:
                 await asyncio.wait_for(self._hurry.wait(), FAST_S if self._waiting else self._poll_s)
             except TimeoutError:
                 continue
-            await asyncio.sleep(FAST_S if self._waiting > 1 else 0)
+            await asyncio.sleep(FAST_S)
 
     async def observe(self) -> None:
         """One reading, and the events that it brings."""
@@ -130,6 +133,7 @@ class NodeWatch:
         for node_id in self._known.keys() - seen.nodes.keys():
             self._post(NodeLost(now, node_id))
             self._foreign.pop(node_id, None)
+            self._unconfirmed.pop(node_id, None)
         for node in seen.nodes.values():
             if _identity(self._known.get(node.id)) != _identity(node):
                 slots = node.gpu_units // 10_000
@@ -137,13 +141,26 @@ class NodeWatch:
                     NodeJoined(now, node.id, node.name, slots, node.cpu_milli, node.memory_bytes, node.labels)
                 )
                 self._foreign.pop(node.id, None)
-            foreign = self._held_by_others(node)
+            foreign = self._confirmed(node.id, self._held_by_others(node))
             if foreign != self._foreign.get(node.id, (0, 0, 0)):
                 self._foreign[node.id] = foreign
                 self._post(ForeignUseObserved(now, node.id, *foreign))
         self._known = dict(seen.nodes)
 
-    def _held_by_others(self, node: SeenNode) -> tuple[int, int, int]:
+    def _confirmed(self, node_id: str, held: Amounts) -> Amounts:
+        """What two readings in a row agree that strangers hold; less at once, more only when seen again.
+
+        One reading is several calls. A group of ours that comes or goes between them, or whose id we have not
+        been told yet, looks like a stranger for one reading.
+        """
+        before = self._unconfirmed.get(node_id, (0, 0, 0))
+        self._unconfirmed[node_id] = held
+        confirmed = (min(held[0], before[0]), min(held[1], before[1]), min(held[2], before[2]))
+        if confirmed != held:
+            self._hurry.set()
+        return confirmed
+
+    def _held_by_others(self, node: SeenNode) -> Amounts:
         ours = [amounts for group, amounts in node.groups.items() if self._ours(group)]
         return (
             max(0, node.gpu_units - node.free_gpu_units - sum(each[0] for each in ours)),
@@ -194,7 +211,7 @@ def _seen(
     )
 
 
-def _groups(resources: dict[str, float]) -> dict[str, tuple[int, int, int]]:
+def _groups(resources: dict[str, float]) -> dict[str, Amounts]:
     found: dict[str, list[int]] = {}
     for key, amount in resources.items():
         if match := _GROUP.match(key):

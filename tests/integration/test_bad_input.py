@@ -194,7 +194,7 @@ def test_waiting_has_an_end(client) -> None:
 def test_a_lease_that_cannot_be_had_in_time_is_given_up(client) -> None:
     blocker = client.submit("sleep 1000", nodes=3, gpus_per_node=8)
     wait_until(lambda: blocker.status == "RUNNING", what="it runs")
-    with pytest.raises(JobNotFinished, match="needs 1 GPUs, 0 are free"):
+    with pytest.raises(JobNotFinished, match="needs 1 GPU, 0 are free"):
         client.lease(num_gpus=1, timeout=0.5).__enter__()
     assert {job.id for job in client.jobs()} == {blocker.id}
 
