@@ -62,7 +62,9 @@ def test_two_hundred_random_jobs(client) -> None:
     for _ in range(JOBS):
         fate = rng.choices(["ok", "fail", "cancel"], [7, 2, 1])[0]
         seconds = "1000" if fate == "cancel" else f"{rng.uniform(0, 0.4):.2f}"
-        entries.append({"entry": f"sleep {seconds}; exit {3 if fate == 'fail' else 0}", "num_gpus": rng.randint(1, 8)})
+        entries.append(
+            {"entry": f"sleep {seconds}; exit {3 if fate == 'fail' else 0}", "num_gpus": rng.randint(1, 8)}
+        )
         fates.append(fate)
     jobs = client.submit_many(entries[:100], grace=1) + client.submit_many(entries[100:], grace=1)
     waiting = {job.id for job, fate in zip(jobs, fates, strict=True) if fate == "cancel"}
@@ -81,7 +83,9 @@ def test_two_hundred_random_jobs(client) -> None:
     auditor.join(30)
     expected = {"ok": "SUCCEEDED", "fail": "FAILED", "cancel": "CANCELLED"}
     ended = [job.view() for job in jobs]
-    wrong = [(v.id, v.status, fate) for v, fate in zip(ended, fates, strict=True) if v.status != expected[fate]]
+    wrong = [
+        (v.id, v.status, fate) for v, fate in zip(ended, fates, strict=True) if v.status != expected[fate]
+    ]
     assert not wrong
     assert all(view.status in TERMINAL and view.attempts <= 1 for view in ended), "nobody ran twice"
     assert auditor.violations == []

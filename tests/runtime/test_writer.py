@@ -155,7 +155,9 @@ def test_a_failed_commit_is_no_acknowledgement_and_loses_no_fact(tmp_path: Path,
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("good", [1, 2, 3, 4])
-def test_the_ledger_fails_at_any_point_of_a_job_and_it_still_ends_once(tmp_path: Path, good: int, when: str) -> None:
+def test_the_ledger_fails_at_any_point_of_a_job_and_it_still_ends_once(
+    tmp_path: Path, good: int, when: str
+) -> None:
     async def body(writer: Writer, world: World, ledger: Flaky) -> None:
         ledger.fail = ["ok"] * good + [when] * 3
         (job,) = await writer.submit([draft("a")])

@@ -22,7 +22,9 @@ def test_the_core_has_no_clock_no_randomness_and_no_io() -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in {"open", "print", "input", "exec", "eval"}, f"{file.name}: {node.func.id}()"
+                assert node.func.id not in {"open", "print", "input", "exec", "eval"}, (
+                    f"{file.name}: {node.func.id}()"
+                )
             for name in names:
                 assert name.split(".")[0] not in BANNED, f"{file.name} imports {name}"
 

@@ -64,7 +64,9 @@ def test_a_count_that_cannot_be_cut_names_counts_that_can() -> None:
 
 
 @given(st.integers(1, 64), st.lists(st.integers(1, 8), min_size=1, max_size=8))
-def test_whatever_is_accepted_can_be_placed_and_has_the_count_asked_for(num_gpus: int, nodes: list[int]) -> None:
+def test_whatever_is_accepted_can_be_placed_and_has_the_count_asked_for(
+    num_gpus: int, nodes: list[int]
+) -> None:
     from rm.core.placement import feasible
 
     try:
@@ -78,7 +80,15 @@ def test_whatever_is_accepted_can_be_placed_and_has_the_count_asked_for(num_gpus
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [(90, 90), ("90", 90), ("15m", 900), ("2h", 7200), ("1d", 86400), ("1:30:00", 5400), ("1-00:00:10", 86410)],
+    [
+        (90, 90),
+        ("90", 90),
+        ("15m", 900),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1:30:00", 5400),
+        ("1-00:00:10", 86410),
+    ],
 )
 def test_durations(text, seconds) -> None:
     assert parse_duration(text) == seconds
