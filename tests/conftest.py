@@ -28,11 +28,11 @@ os.environ["RM_CHECK"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n`: all that shares a cluster, a head or a server stays in one worker."""
+    """For `--dist loadgroup`: what shares a cluster stays in one worker; what starts a Ray of its own in the other."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("cluster"))
-        elif item.get_closest_marker("own_ray") or item.get_closest_marker("postgres"):
+        elif item.get_closest_marker("own_ray"):
             item.add_marker(pytest.mark.xdist_group("alone"))
 
 
