@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from rm.core.cycle import schedule
+from rm.core.cycle import Notes, schedule
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     Event,
@@ -21,6 +21,7 @@ from rm.core.events import (
     NodeLost,
     PlacementReady,
     PlacementReleased,
+    PolicyChanged,
     ReserveFailed,
     RunExited,
     RunLost,
@@ -28,6 +29,7 @@ from rm.core.events import (
     StopRequested,
 )
 from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy
+from rm.core.policy import Policy
 from rm.core.resources import GPU_UNIT, Bundle, gpu_units
 from rm.core.state import ClusterState
 from rm.errors import InternalError
@@ -55,16 +57,22 @@ class FakeCluster:
     start_s: float = 0.5
     release_s: float = 0.1
     now: float = 0.0
-    state: ClusterState = field(default_factory=ClusterState)
+    policy: Policy = field(default_factory=Policy)
+    state: ClusterState = field(init=False)
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     ended: dict[str, Job] = field(default_factory=dict)
     history: list[Event] = field(default_factory=list)
     held: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     """The world's own books: (job id, attempt) → GPU units by node, as long as the group exists."""
+    dates: dict[str, float] = field(default_factory=dict)
+    """The shadow time that each reserved job was promised, as long as it keeps its reservation."""
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _count: int = 0
     _jobs: int = 0
     _running: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = ClusterState(self.policy)
 
     # --- the world's inhabitants ---------------------------------------------------------------------------
 
@@ -77,6 +85,7 @@ class FakeCluster:
         for (job_id, attempt), nodes in list(self.held.items()):
             if node_id in nodes and self._running.pop((job_id, attempt), ""):
                 self._later(0.0, RunLost(self.now, job_id, attempt, f"node {node_id} died"))
+        self.dates.clear()
         self.happen(NodeLost(self.now, node_id))
 
     def submit(
@@ -89,13 +98,15 @@ class FakeCluster:
         gpu_types: tuple[str, ...] = (),
         cpu_milli: int = 0,
         kind: Kind = Kind.COMMAND,
+        least: int = 0,
+        owner: str = "someone",
         **fields: object,
     ) -> str:
         seq = self._jobs = self._jobs + 1
         job_id = f"j{seq}"
         self.behaviours[job_id] = behaviour or Behaviour()
-        gang = Gang(Bundle(gpu_units(num_gpus), cpu_milli), count, strategy, gpu_types)
-        job = Job(job_id, seq, job_id, "someone", kind, gang, self.now, **fields)  # type: ignore[arg-type]
+        gang = Gang(Bundle(gpu_units(num_gpus), cpu_milli), count, strategy, gpu_types, least=least)
+        job = Job(job_id, seq, job_id, owner, kind, gang, self.now, **fields)  # type: ignore[arg-type]
         self.happen(JobSubmitted(self.now, job))
         return job_id
 
@@ -111,8 +122,16 @@ class FakeCluster:
             effects += self._apply(event)
         for decision in schedule(self.state, self.now).events:
             effects += self._apply(decision)
+        again = schedule(self.state, self.now).events
+        if again:
+            raise InternalError(f"a second cycle at the same moment plans {again}")
         self._answer(effects)
         self.check()
+
+    def apply_policy(self, policy: Policy) -> None:
+        self.dates.clear()
+        self.policy = policy
+        self.happen(PolicyChanged(self.now, policy))
 
     def step(self) -> bool:
         """Move to the next thing that is due. False where nothing ever will be."""
@@ -221,3 +240,14 @@ class FakeCluster:
         short = {node_id: units for node_id, units in charged.items() if units < 0}
         if short:
             raise InternalError(f"held in the world and not charged: {short}")
+        self._check_dates()
+
+    def _check_dates(self) -> None:
+        """No backfill moves a promised date: as long as a job keeps its reservation, it comes no later."""
+        notes = self.state.plans.get("cycle")
+        reservations = notes.reservations if isinstance(notes, Notes) else {}
+        dates = {each.job_id: each.at for each in reservations.values()}
+        for job_id, at in dates.items():
+            if at > self.dates.get(job_id, at):
+                raise InternalError(f"{job_id} was promised {self.dates[job_id]} and now gets {at}")
+        self.dates = dates

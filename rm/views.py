@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rm.core.capacity import usable
 from rm.core.model import Job, Node
 from rm.core.reasons import Reason
 from rm.core.resources import GPU_UNIT, gpu_count
-from rm.core.state import usable
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,181 +1,520 @@
-"""What to do next: one walk over the queue, as a value.
+"""What to do next: one walk over the waiting jobs in order, as a value.
 
     schedule(state, now):
-      1. take the room of every node: free, minus what strangers hold
-      2. walk the queue in order (priority, then submission)
-      3. a job in its back-off, or one that no present node could hold even if it were empty, is passed over
-      4. a job that fits is admitted onto its places, which are taken from the room
-      5. a job that does not fit keeps every node that it could use: nobody behind it may have those
+      1. let in the jobs whose pause is over or whose age lifts them
+      2. walk the queues in order, and in each queue its groups of interchangeable jobs in order (`order`)
+      3. for the job at the head of a group, try its GPU types in its order: quota, then a place (`options`)
+      4. it fits: admit it, charge the trial, and go on with the queue that is first now
+      5. its quota is used up: pass over it; others of the queue may ask for less
+      6. it has no place: if GPUs are on the way back already, or somebody may be evicted for it (`preemption`),
+         those are kept for it; else the first such job gets a reservation (`backfill`). Whatever is kept for it is
+         gone for everybody behind, unless they end in time
+      7. write down why each job that was looked at for the first time waits
 
-Step 5 is strict order among jobs that compete for the same nodes: simple, starves nobody, and leaves GPUs idle
-that a smaller job could use until the blocked one starts (backfill with a reservation replaces it). Jobs that
-want other nodes (another GPU type) go on. The walk ends when no node is left. The plan is a list of events, in
-order: the writer applies and commits them like any others. A second cycle at the same state and time plans
-nothing.
+The naive semantics is a walk over every job. It is kept, and its cost avoided, by three facts: jobs of one group
+cannot be told apart; during a cycle GPUs only get fewer, so what did not fit once need not be tried again (a bit
+per shape); and when no waiting shape fits and nobody may be evicted there is nothing to do at all.
+
+The plan is a list of events, in order: the writer applies and commits them like any others. Trials are made on the
+state's own index and rolled back, so `schedule` leaves no trace but its notes, which are a cache. A second cycle at
+the same state and time plans nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import heapq
+from dataclasses import dataclass
+from math import inf
 
-from rm.core import reasons
-from rm.core.events import AvailabilityChecked, JobAdmitted
+from rm.core.backfill import Reservation, Taken, end_if_started, hold, reserve, still_good
+from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
+from rm.core.explain import reason_of
 from rm.core.model import Gang, Job, PlacedBundle
-from rm.core.placement import Room, feasible, matches, place, room
+from rm.core.options import Option, Options
+from rm.core.order import Given, Line, Turn, queue_key
+from rm.core.pending import Group
+from rm.core.placement import feasible, may_fit, place_elastic
+from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
+from rm.core.preemption import Eviction, evict, in_transit
 from rm.core.reasons import Reason
-from rm.core.resources import Bundle, gpu_count
 from rm.core.state import ClusterState
+
+EVICTIONS_PER_CYCLE = 16
+"""Searches for victims in one cycle. Whoever is not reached waits for the next event."""
+BACKFILL_DEPTH = 100
+"""Jobs of one group that are asked whether they end before a reservation is due."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decisions of one cycle: per job looked at a check, and an admission where it fits."""
+    """The decisions of one cycle, in order."""
 
-    events: tuple[AvailabilityChecked | JobAdmitted, ...]
+    events: tuple[AvailabilityChecked | JobAdmitted | StopRequested, ...]
+
+
+class Notes:
+    """What one cycle tells the next. May be thrown away at any time."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self.class_version = state.capacity.class_version
+        self.options = Options(state)
+        self.reservations: dict[str, Reservation] = {}
+        self.feasible: dict[tuple[str, Gang], tuple[int, bool]] = {}
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
-    """Decide who starts now. Reads `state`, changes nothing."""
-    events: list[AvailabilityChecked | JobAdmitted] = []
-    for step in _walk(state, now):
-        job = step.job
-        if step.places is not None:
-            events.append(AvailabilityChecked(now, job.id, None))
-            events.append(JobAdmitted(now, job.id, job.attempts + 1, step.places))
-        elif job.reason is None or (step.blocked and job.reason.code != step.blocked.code):
-            # Only where the answer has changed: the ledger keeps answers, not every asking.
-            events.append(AvailabilityChecked(now, job.id, step.blocked))
-    return Plan(tuple(events))
+    """Decide who starts now and who is stopped for it."""
+    cycle = Cycle(state, now)
+    with cycle:
+        cycle.walk()
+        return cycle.plan()
 
 
 def why(state: ClusterState, job: Job, now: float) -> Reason:
     """The present reason of a queued job, with fresh evidence. For readers; the cycle doesn't need it."""
-    keeper: Job | None = None
-    for step in _walk(state, now):
-        if step.job.id == job.id:
-            return step.blocked or Reason(reasons.NOT_EVALUATED, "fits now; the next cycle will start it", {})
-        if step.keeps:
-            keeper = step.job
-    if keeper is not None:
-        return _behind(keeper)
-    return Reason(reasons.NOT_EVALUATED, "no node was seen yet; it is looked at when one joins", {})
+    with Cycle(state, now, for_readers=True) as cycle:
+        cycle.walk()
+        return reason_of(cycle, job)
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What the walk says of one job: its places, or why not. `keeps`: it now keeps the nodes that it waits for."""
+class Cycle:
+    """One cycle's trial. `explain` runs one too, to look at it before it is rolled back."""
 
-    job: Job
-    places: tuple[PlacedBundle, ...] | None = None
-    blocked: Reason | None = None
-    keeps: bool = False
+    def __init__(self, state: ClusterState, now: float, *, for_readers: bool = False) -> None:
+        self.state = state
+        self.now = now
+        self._for_readers = for_readers
+        self.notes = _notes(state)
+        self.reservations: dict[str, Reservation] = {}
+        self.holds: dict[str, int] = {}
+        self.admitted: dict[str, JobAdmitted] = {}
+        self.first_blocked: Job | None = None
+        self.closed: dict[int, Job] = {}
+        """With backfill `none`: node classes that a blocked job keeps to itself."""
+        self.bounds: set[str] = set()
+        """Bounds that this cycle hit; their names go into the reasons."""
+        self._events: list[JobAdmitted | StopRequested] = []
+        self._given: Given = {}
+        self._quota_trial: list[tuple[str, str, int]] = []
+        self._full: set[tuple[str, str, Gang]] = set()
+        """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
+        self._fit = self._fit_in_time = 0
+        """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
+        self._evictors: set[str] | None = None
+        self._stopped: set[str] = set()
+        self._taken: dict[str, list[Taken]] = {}
+        self._searches = 0
+        self._wake: float | None = None
 
+    def __enter__(self) -> Cycle:
+        self.state.pending.advance(self.now)
+        self._mark = self.state.capacity.mark()
+        return self
 
-def _walk(state: ClusterState, now: float) -> Iterator[_Step]:
-    """Look at queued jobs in order, until every node is taken or kept."""
-    rooms = {node.id: room(node) for node in state.nodes.values()}
-    kept: dict[str, Job] = {}
-    for *_, job_id in state.queue:
-        if rooms and len(kept) == len(rooms):
+    def __exit__(self, *_: object) -> None:
+        self.state.capacity.rollback(self._mark)
+        for queue, kind, units in reversed(self._quota_trial):
+            self.state.books.quota.add(queue, kind, -units)
+        if not self._for_readers:
+            self.notes.reservations = self.reservations
+            self.state.wake_at = self._wake
+
+    def plan(self) -> Plan:
+        """The decisions, with a check in front of each admission and of each job seen for the first time."""
+        events: list[AvailabilityChecked | JobAdmitted | StopRequested] = []
+        known: dict[tuple[object, ...], Reason] = {}
+        for job_id in self.state.books.unchecked:
+            if job_id not in self.admitted:
+                job = self.state.jobs[job_id]
+                key = (job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now)
+                if job_id in self.reservations:
+                    key = (job_id,)
+                if key not in known:
+                    known[key] = reason_of(self, job)
+                events.append(AvailabilityChecked(self.now, job_id, known[key]))
+        for event in self._events:
+            if isinstance(event, JobAdmitted):
+                events.append(AvailabilityChecked(self.now, event.job_id, None))
+            events.append(event)
+        return Plan(tuple(events))
+
+    # --- the walk ------------------------------------------------------------------------------------------
+
+    def walk(self) -> None:
+        """Steps 2 to 6."""
+        state = self.state
+        queues = [queue for queue in state.pending.groups if self.open(queue)]
+        if not len(state.capacity) or not queues:
             return
-        job = state.jobs[job_id]
-        passed = _passed_over(state, job, now)
-        if passed is not None:
-            yield _Step(job, blocked=passed)
-            continue
-        fitting = _matching(state, job.gang, rooms)
-        open_rooms = {node_id: each for node_id, each in fitting.items() if node_id not in kept}
-        places = place(job.gang, open_rooms)
-        if places is not None:
-            for placed in places:
-                _, rooms[placed.node_id] = rooms[placed.node_id].take(job.gang)
-            yield _Step(job, places)
-            continue
-        ahead = next((kept[node_id] for node_id in fitting if node_id in kept), None)
-        blocked = _behind(ahead) if ahead is not None else _no_capacity(job.gang, fitting)
-        keeps = [node_id for node_id in fitting if node_id not in kept]
-        kept.update(dict.fromkeys(keeps, job))
-        yield _Step(job, blocked=blocked, keeps=bool(keeps))
+        self._fit = self._fitting()
+        if state.policy.order is Order.FAIR:
+            self._walk_queues(queues)
+        else:
+            groups = [group for queue in queues for group in state.pending.groups[queue].values()]
+            line = Line(groups, state, self.now, self._given)
+            while not self._finished() and self._serve(line):
+                pass
 
+    def _walk_queues(self, queues: list[str]) -> None:
+        """Fair order: the queue that is first serves one job, then all queues are compared again."""
+        state = self.state
+        lines: dict[str, Line] = {}
+        heap = [(self._queue_key(queue, None), queue) for queue in queues]
+        heapq.heapify(heap)
+        while heap and not self._finished():
+            key, queue = heap[0]
+            line = lines.get(queue)
+            if line is None:
+                if not self._worth(state.pending.masks[queue], queue):
+                    heapq.heappop(heap)
+                    continue
+                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self.now, self._given)
+            turn = line.first()
+            if turn is None:
+                heapq.heappop(heap)
+                continue
+            fresh = self._queue_key(queue, turn.group)
+            if fresh > key:
+                heapq.heapreplace(heap, (fresh, queue))
+                if heap[0][1] != queue:
+                    continue
+            self._serve(line)
+            heapq.heapreplace(heap, (self._queue_key(queue, None), queue))
 
-def _behind(ahead: Job) -> Reason:
-    return Reason(
-        reasons.PRIORITY,
-        f"waits behind {ahead.id}, which needs {ahead.gang} and comes first",
-        {"behind": ahead.id, "needs": str(ahead.gang)},
-        "a job with a higher priority is looked at earlier",
-    )
+    def _serve(self, line: Line) -> bool:
+        """Deal with the line's turns until one job was admitted or kept for. False at the end of the line."""
+        while (turn := line.first()) is not None:
+            if not self._worth(turn.group.shape.bit, turn.group.queue):
+                line.drop()
+                continue
+            kept = len(self.reservations)
+            if self._try(turn):
+                line.served()
+                return True
+            line.drop()
+            if len(self.reservations) > kept:
+                return True
+        return False
 
+    def _finished(self) -> bool:
+        """Whether nobody further down could get anything."""
+        return self._covered() and not (self._fit or self._fit_in_time or self._may_evict())
 
-def _passed_over(state: ClusterState, job: Job, now: float) -> Reason | None:
-    """Why the walk goes past this job without keeping anything for it, or None."""
-    if job.eligible_at > now:
-        wait_s = job.eligible_at - now
-        last = f": {job.outcome.message}" if job.outcome and job.outcome.message else ""
-        return Reason(
-            reasons.HELD,
-            f"its next attempt starts in {wait_s:.0f} s; the last one did not get far{last}",
-            {"eligible_at": job.eligible_at, "infra_failures": job.infra_failures},
+    def _worth(self, mask: int, queue: str) -> bool:
+        """Whether jobs of these shapes in this queue need to be looked at."""
+        return bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+
+    def _try(self, turn: Turn) -> bool:
+        """Steps 3 to 6 for one group's next job. True where it was admitted."""
+        group = turn.group
+        if turn.job_id in self.admitted:
+            return True  # it ended in time for a reservation
+        job = self.state.jobs[turn.job_id]
+        options = self.notes.options.of(group.queue, group.shape.gang)
+        if not options or not self._feasible(job):
+            return False
+        if self._admit_somewhere(job, options, group.shape.bit):
+            return True
+        if self._in_time(turn, options):
+            return True
+        self._blocked(job, options)
+        return False
+
+    def _admit_somewhere(self, job: Job, options: tuple[Option, ...], bit: int) -> bool:
+        same = job.queue, job.owner, job.gang
+        if same in self._full:
+            return False
+        no_place = True
+        for option in options:
+            gang = self.within_quota(job, option)
+            if gang is None:
+                no_place = False
+                continue
+            places = self.place(gang, option)
+            if places is not None:
+                self._admit(job, option, places)
+                return True
+        self._full.add(same)
+        if no_place and not self.closed and not self.state.policy.queues[job.queue].labels:
+            self._fit &= ~bit
+        return False
+
+    def within_quota(self, job: Job, option: Option) -> Gang | None:
+        """The gang cut to what the queue and the owner may still take, or None where the minimum is too much."""
+        state = self.state
+        units, least = job.gang.bundle.gpu_units, job.gang.minimum
+        left = state.books.quota.available(job.queue, option.kind)
+        most_per_owner = state.policy.queues[job.queue].max_gpus_per_owner
+        if most_per_owner is not None:
+            held = state.books.held_by(job.queue, job.owner) + self._given.get((job.queue, job.owner), 0)
+            left = min(left, most_per_owner - held)
+        if left >= job.gang.gpu_units:
+            return job.gang
+        count = left // units
+        if count < least:
+            return None
+        return Gang(job.gang.bundle, count, job.gang.strategy, job.gang.gpu_types, job.gang.labels, least)
+
+    def place(self, gang: Gang, option: Option) -> tuple[PlacedBundle, ...] | None:
+        classes = option.classes
+        if self.closed:
+            classes = tuple(each for each in classes if id(each) not in self.closed)
+            if not classes:
+                return None
+        return place_elastic(gang, self.state.capacity, classes)
+
+    def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
+        self.state.capacity.take(job.gang.bundle, places)
+        units = len(places) * job.gang.bundle.gpu_units
+        self._charge(job.queue, option.kind, units)
+        owner = job.queue, job.owner
+        self._given[owner] = self._given.get(owner, 0) + units
+        end = end_if_started(job, self.state, self.now)
+        for each in places:
+            taken = Taken(each.slots, job.gang.bundle.gpu_units, end)
+            self._taken.setdefault(each.node_id, []).append(taken)
+        event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
+        self.admitted[job.id] = event
+        self._events.append(event)
+
+    def _charge(self, queue: str, kind: str, units: int) -> None:
+        self.state.books.quota.add(queue, kind, units)
+        self._quota_trial.append((queue, kind, units))
+
+    # --- what blocked jobs do ------------------------------------------------------------------------------
+
+    def _blocked(self, job: Job, options: tuple[Option, ...]) -> None:
+        """Step 6: keep for the job what is coming, or what may be taken, or what will be free first."""
+        state = self.state
+        if job.id in self.reservations:
+            return
+        for option in options:
+            if self.within_quota(job, option) is not None:
+                coming = in_transit(job, state, option.classes, self._owed(), self.now)
+                if coming is not None:
+                    self._keep(job, option, coming)
+                    return
+        if job.queue in self._who_evicts():
+            for option in options:
+                eviction = self._evict(job, option)
+                if eviction is not None:
+                    for victim, cause in eviction.victims:
+                        self._stopped.add(victim)
+                        self._events.append(StopRequested(self.now, victim, cause, job.id))
+                    self._keep(job, option, eviction.reservation)
+                    return
+        within = [option for option in options if self.within_quota(job, option) is not None]
+        if not within:
+            return
+        if self.first_blocked is None:
+            self.first_blocked = job
+        match state.policy.backfill:
+            case Backfill.NONE:
+                for option in within:
+                    for each in option.classes:
+                        self.closed.setdefault(id(each), job)
+            case Backfill.EASY:
+                self._reserve(job, within[0])
+            case Backfill.SKIP:
+                pass
+
+    def _reserve(self, job: Job, option: Option) -> None:
+        """EASY: the first blocked job on these classes gets the date."""
+        classes = {id(each) for each in option.classes}
+        if any(classes & each.classes for each in self.reservations.values()):
+            return
+        old = self.notes.reservations.get(job.id)
+        if old is None or old.evicting or not still_good(old, self.state, job, self.now):
+            old = reserve(job, self.state, option.classes, self._owed(), self.now)
+        if old is not None:
+            self._keep(job, option, old)
+
+    def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
+        """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
+        self.reservations[job.id] = reservation
+        if self.first_blocked is None:
+            self.first_blocked = job
+        self._charge(job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units)
+        self._hold(reservation)
+        if any(each.at > self.now and each.at != inf for each in self.reservations.values()):
+            self._lift()
+            self._fit_in_time = self._fitting()
+            self._put_back()
+
+    def _hold(self, reservation: Reservation) -> None:
+        for node_id in reservation.need:
+            units = hold(reservation, node_id, self.state, self._taken.get(node_id, ()))
+            if units:
+                self.holds[node_id] = self.holds.get(node_id, 0) + units
+                self.state.capacity.keep_free(node_id, units)
+
+    def _lift(self) -> None:
+        """Take the holds away, for a moment."""
+        for node_id, units in self.holds.items():
+            self.state.capacity.keep_free(node_id, -units)
+        self.holds = {}
+
+    def _put_back(self) -> None:
+        """Hold again what is still needed."""
+        for reservation in self.reservations.values():
+            self._hold(reservation)
+
+    def _owed(self) -> dict[str, int]:
+        """Units by node that reservations need beyond what is kept for them already."""
+        owed: dict[str, int] = {}
+        for reservation in self.reservations.values():
+            for node_id, units in reservation.need.items():
+                owed[node_id] = owed.get(node_id, 0) + units
+        return {node_id: left for node_id, units in owed.items() if (left := units - self.holds.get(node_id, 0)) > 0}
+
+    def _in_time(self, turn: Turn, options: tuple[Option, ...]) -> bool:
+        """Let jobs of the group that end before every reservation is due use what is kept for those.
+
+        True where the group's first job was among them.
+        """
+        group = turn.group
+        if not self._fit_in_time & group.shape.bit:
+            return False
+        due = min(each.at for each in self.reservations.values())
+        last = min(len(group.jobs), turn.index + BACKFILL_DEPTH)
+        if last < len(group.jobs):
+            self.bounds.add("backfill_depth")
+        self._lift()
+        try:
+            for index in range(turn.index, last):
+                job = self.state.jobs[group.jobs[index][1]]
+                known = job.id in self.admitted or job.id in self.reservations
+                if known or end_if_started(job, self.state, self.now) > due:
+                    continue
+                if not self._admit_in_time(job, options):
+                    break
+        finally:
+            self._put_back()
+        return turn.job_id in self.admitted
+
+    def _admit_in_time(self, job: Job, options: tuple[Option, ...]) -> bool:
+        for option in options:
+            gang = self.within_quota(job, option)
+            places = None if gang is None else self.place(gang, option)
+            if places is not None:
+                self._admit(job, option, places)
+                return True
+        return False
+
+    # --- evictions -----------------------------------------------------------------------------------------
+
+    def _evict(self, job: Job, option: Option) -> Eviction | None:
+        if self._searches >= EVICTIONS_PER_CYCLE:
+            self.bounds.add("evictions_per_cycle")
+            return None
+        self._searches += 1
+        spared = frozenset(self._stopped)
+        return evict(
+            job, option.kind, self.state, option.classes, self._owed(), self.now, spared, self._wake_at
         )
-    if feasible(job.gang, state.present_shapes()):
-        return None
-    most = max((node.gpu_slots for node in state.nodes.values()), default=0)
-    evidence = {"needs": str(job.gang), "largest_node_gpus": most, "nodes": len(state.nodes)}
-    if feasible(job.gang, state.node_shapes()):
-        return Reason(
-            reasons.WAITING_FOR_CAPACITY,
-            f"needs {job.gang}; no node that is up could hold it, one that can be launched could",
-            evidence,
-            "it starts when such a node joins",
-        )
-    return Reason(
-        reasons.INFEASIBLE,
-        f"no node of this cluster could hold it now: it needs {job.gang}, the largest node has {most} GPUs",
-        evidence,
-        "it starts when a node that can hold it joins; cancel it if none will",
-    )
+
+    def _wake_at(self, at: float) -> None:
+        self._wake = at if self._wake is None else min(self._wake, at)
+
+    def _may_evict(self) -> bool:
+        """Whether any waiting queue could have somebody evicted, as far as this cycle still searches."""
+        return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
+
+    def _who_evicts(self) -> set[str]:
+        """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
+        if self._evictors is None:
+            books, queues = self.state.books, self.state.policy.queues
+            borrowers: set[str] = set()
+            if books.quota.limited:
+                kinds = (*books.quota.kinds, ANY)
+                borrowers = {
+                    queue
+                    for queue in books.evictable
+                    if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
+                }
+            self._evictors = {
+                queue
+                for queue in self.state.pending.groups
+                if queue in queues and (books.elastic or self._evicts(queue, borrowers))
+            }
+        return self._evictors
+
+    def _evicts(self, queue: str, borrowers: set[str]) -> bool:
+        rules, evictable = self.state.policy.queues[queue], self.state.books.evictable
+        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
+            return True
+        if rules.preempt is Preempt.LOWER and queue in evictable:
+            lowest = min(evictable[queue])
+            groups = self.state.pending.groups[queue].values()
+            return any(self.state.jobs[group.jobs[0][1]].priority > lowest for group in groups)
+        return False
+
+    # --- shortcuts -----------------------------------------------------------------------------------------
+
+    def open(self, queue: str) -> bool:
+        """Whether the queue exists and is not stopped."""
+        rules = self.state.policy.queues.get(queue)
+        return rules is not None and not rules.stopped
+
+    def _covered(self) -> bool:
+        """Whether no further reservation can be made: then only what fits need be looked at."""
+        classes = self.state.capacity.classes
+        match self.state.policy.backfill:
+            case Backfill.SKIP:
+                return True
+            case Backfill.NONE:
+                return len(self.closed) >= len(classes)
+            case Backfill.EASY:
+                covered: set[int] = set()
+                for each in self.reservations.values():
+                    covered |= each.classes
+                return len(covered) >= sum(1 for key in classes if key.gpu_slots)
+
+    def _fitting(self) -> int:
+        """The bits of the shapes that may fit somewhere: an upper bound, so that nobody is missed."""
+        mask, capacity = 0, self.state.capacity
+        for shape in self.state.pending.shapes.values():
+            if may_fit(shape.gang, capacity.matching(shape.gang)):
+                mask |= shape.bit
+        return mask
+
+    def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
+        within = True
+        quota = self.state.books.quota
+        if quota.limited:
+            if group is not None:
+                gang = group.shape.gang
+                options = self.notes.options.of(queue, gang)
+                units = gang.minimum * gang.bundle.gpu_units
+                within = any(quota.fits_nominal(queue, option.kind, units) for option in options)
+            else:
+                within = any(quota.fits_nominal(queue, kind, 1) for kind in (*quota.kinds, ANY))
+        return queue_key(queue, within, self.state)
+
+    def _feasible(self, job: Job) -> bool:
+        """Whether nodes that are up, were they empty, could hold the job. Remembered until nodes come or go."""
+        key, version = (job.queue, job.gang), self.state.capacity.shape_version
+        known = self.notes.feasible.get(key)
+        if known is None or known[0] != version:
+            if len(self.notes.feasible) > 10_000:
+                self.notes.feasible.clear()
+            known = self.notes.feasible[key] = (version, feasible(self.wanted(job), self.state.present_shapes()))
+        return known[1]
+
+    def wanted(self, job: Job) -> Gang:
+        """The job's gang with its queue's labels."""
+        rules = self.state.policy.queues.get(job.queue)
+        if rules is None or not rules.labels:
+            return job.gang
+        labels = tuple(sorted({*job.gang.labels, *rules.labels}))
+        gang = job.gang
+        return Gang(gang.bundle, gang.count, gang.strategy, gang.gpu_types, labels, gang.least)
 
 
-def _matching(state: ClusterState, gang: Gang, rooms: dict[str, Room]) -> dict[str, Room]:
-    if not gang.gpu_types and not gang.labels:
-        return rooms
-    return {key: each for key, each in rooms.items() if matches(gang, state.nodes[key].labels)}
+def _notes(state: ClusterState) -> Notes:
+    notes = state.plans.get("cycle")
+    if not isinstance(notes, Notes) or notes.class_version != state.capacity.class_version:
+        notes = Notes(state)
+        state.plans["cycle"] = notes
+    return notes
 
-
-def _no_capacity(gang: Gang, rooms: dict[str, Room]) -> Reason:
-    free = sum(each.devices.total_free for each in rooms.values())
-    largest = max((each.devices.total_free for each in rooms.values()), default=0)
-    evidence = {
-        "needed_gpus": gpu_count(gang.gpu_units),
-        "free_gpus": gpu_count(free),
-        "free_on_one_node": gpu_count(largest),
-    }
-    if place(replace(gang, bundle=Bundle(gang.bundle.gpu_units)), rooms) is not None:
-        cpus = max((each.cpu_milli for each in rooms.values()), default=0) / 1000
-        memory_gib = max((each.memory_bytes for each in rooms.values()), default=0) / 2**30
-        return Reason(
-            reasons.WAITING_FOR_CAPACITY,
-            f"{_gpus(gang.gpu_units)} are free for it, but not its CPUs and memory beside them: "
-            f"the most on one node are {cpus:g} CPUs and {memory_gib:.1f} GiB",
-            {**evidence, "cpus_on_one_node": cpus, "memory_gib_on_one_node": round(memory_gib, 1)},
-            "a lower cpus_per_gpu or memory_per_gpu could start sooner",
-        )
-    if free >= gang.gpu_units:
-        return Reason(
-            reasons.FRAGMENTED,
-            f"{_gpus(free)} are free, but not as {gang}: the most on one node are {gpu_count(largest):g}",
-            evidence,
-            "smaller bundles (more nodes with fewer GPUs each) could start sooner",
-        )
-    return Reason(
-        reasons.WAITING_FOR_CAPACITY,
-        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} are free",
-        evidence,
-        "it starts as soon as running jobs release enough",
-    )
-
-
-def _gpus(units: int) -> str:
-    count = gpu_count(units)
-    return "1 GPU" if count == 1 else f"{count:g} GPUs"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rm.core.model import Job, NodeShape, Outcome, PlacedBundle, StopCause
+from rm.core.policy import Policy
 from rm.core.reasons import Reason
 
 
@@ -44,6 +45,7 @@ class JobAdmitted:
     job_id: str
     attempt: int
     placed: tuple[PlacedBundle, ...]
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,38 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldChanged:
+    """Somebody holds a queued job back, or lets it go."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    held: bool
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReported:
+    """The attempt has saved its work: from here on an eviction loses less."""
+
+    durable: ClassVar[bool] = False
+    at: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """An administrator applied a configuration."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    policy: Policy
+    by: str = ""
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
 class PlacementReleased:
     """The attempt's GPUs are seen free again. Ends the Release effect."""
 
@@ -176,6 +210,9 @@ Event = (
     | RunExited
     | RunLost
     | StopRequested
+    | HoldChanged
+    | CheckpointReported
+    | PolicyChanged
     | PlacementReleased
     | NodeJoined
     | NodeLost

@@ -52,21 +52,37 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """`count` equal bundles, all or nothing, on nodes that carry every label (and one of the GPU types)."""
+    """`count` equal bundles, all or nothing, on nodes that carry every label and are of one of the GPU types.
+
+    `gpu_types` is in the order of preference; the whole gang gets one of them. `least`: an elastic gang takes what
+    there is from `least` bundles on; 0 means all of them.
+    """
 
     bundle: Bundle
     count: int = 1
     strategy: Strategy = Strategy.PACK
     gpu_types: tuple[str, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    least: int = 0
 
     @property
     def gpu_units(self) -> int:
         return self.bundle.gpu_units * self.count
 
+    @property
+    def minimum(self) -> int:
+        """The fewest bundles with which it runs."""
+        return self.least or self.count
+
+    def sized(self, count: int) -> Gang:
+        """The same with exactly `count` bundles."""
+        return Gang(self.bundle, count, self.strategy, self.gpu_types, self.labels)
+
     def __str__(self) -> str:
         shape = f"{gpu_count(self.bundle.gpu_units):g} GPU"
         kind = f" ({' or '.join(self.gpu_types)})" if self.gpu_types else ""
+        if self.minimum < self.count:
+            return f"{self.minimum} to {self.count} × {shape}{kind}"
         return f"{self.count} × {shape}{kind}" if self.count > 1 else f"{shape}{kind}"
 
 
@@ -106,6 +122,10 @@ class NodeShape:
     most: int = 1
     name: str = ""
 
+    @property
+    def gpu_type(self) -> str | None:
+        return dict(self.labels).get("ray.io/accelerator-type")
+
 
 @dataclass(frozen=True, slots=True)
 class PlacedBundle:
@@ -131,6 +151,13 @@ class StopCause(StrEnum):
     TIME_LIMIT = "time_limit"
     HOLDER_LOST = "holder_lost"
     RELEASED = "released"
+    PREEMPTED = "preempted"
+    RESIZED = "resized"
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the job is queued again when the attempt has ended."""
+        return self in (StopCause.PREEMPTED, StopCause.RESIZED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +186,10 @@ class Attempt:
     stop: StopCause | None = None
     stop_by: str = ""
     outcome: Outcome | None = None
+    gpu_type: str | None = None
+    """Of its nodes; None where they have none, or several."""
+    checkpoint_at: float | None = None
+    """When it last reported a checkpoint: what an eviction would lose counts from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +211,19 @@ class Job:
     max_infra_retries: int = 3
     ttl_s: float | None = None
     """Attached jobs and leases: the longest silence of the holder. The runtime listens and reports."""
+    preemptible: bool = True
+    min_runtime_s: float = 0.0
+    """Since its start, how long it is spared from eviction."""
+    after: tuple[str, ...] = ()
+    """Jobs that must still succeed before it may start."""
+    held: bool = False
+    held_by: str = ""
+    array: str = ""
+    """The id under which the jobs of an array were submitted together; `array_index` is its place there."""
+    array_index: int | None = None
+    ran_s: float = 0.0
+    """Seconds that earlier attempts ran and that their checkpoints kept."""
+    evictions: int = 0
     status: Status = Status.QUEUED
     attempt: Attempt | None = None
     attempts: int = 0
@@ -193,8 +237,9 @@ class Job:
     reason: Reason | None = field(default=None)
 
     @property
-    def order_key(self) -> tuple[int, int]:
-        return -self.priority, self.seq
+    def held_units(self) -> int:
+        """GPU units that the live attempt is charged."""
+        return len(self.attempt.placed) * self.gang.bundle.gpu_units if self.attempt else 0
 
 
 def attempt_key(job_id: str, number: int) -> str:

@@ -1,133 +1,262 @@
 """Where a gang goes: best fit, whole or not at all.
 
 Best fit keeps whole nodes whole, so that big gangs find room and idle nodes can go away. `place` is the only
-fit function: the cycle plans with it and the submission check asks it about empty nodes.
+fit function: the cycle plans with it, `feasible` asks it about empty nodes. It reads the index of
+`capacity.Capacity`, so that a bundle costs a look at a few buckets and not at every node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 
+from rm.core.capacity import Capacity, NodeClass, matches, usable
 from rm.core.model import Gang, Node, NodeShape, PlacedBundle, Strategy
-from rm.core.resources import Devices
-from rm.core.state import usable
+from rm.core.resources import GPU_UNIT, Bundle, Devices
+
+LOOKS_PER_BUCKET = 200
+"""How many equally full nodes are asked for CPUs and memory before the next fuller ones are tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a node can still give: the working copy that a trial placement takes from."""
-
-    node_id: str
-    devices: Devices
-    cpu_milli: int
-    memory_bytes: int
-
-    def copies(self, gang: Gang) -> int:
-        """How many bundles of `gang` fit here at once."""
-        bundle = gang.bundle
-        fits = self.devices.copies(bundle.gpu_units)
-        if bundle.cpu_milli:
-            fits = min(fits, self.cpu_milli // bundle.cpu_milli)
-        if bundle.memory_bytes:
-            fits = min(fits, self.memory_bytes // bundle.memory_bytes)
-        return max(0, fits)
-
-    def take(self, gang: Gang) -> tuple[PlacedBundle, Room]:
-        slots, devices = self.devices.take(gang.bundle.gpu_units)
-        left = replace(
-            self,
-            devices=devices,
-            cpu_milli=self.cpu_milli - gang.bundle.cpu_milli,
-            memory_bytes=self.memory_bytes - gang.bundle.memory_bytes,
-        )
-        return PlacedBundle(self.node_id, slots), left
-
-
-def matches(gang: Gang, labels: Iterable[tuple[str, str]]) -> bool:
-    """Whether a node with these labels may hold the gang's bundles at all."""
-    have = dict(labels)
-    if gang.gpu_types and have.get("ray.io/accelerator-type") not in gang.gpu_types:
-        return False
-    return all(have.get(key) == value for key, value in gang.labels)
-
-
-def room(node: Node) -> Room:
-    return Room(
-        node.id,
-        usable(node),
-        node.cpu_free_milli - node.foreign_cpu_milli,
-        node.memory_free_bytes - node.foreign_memory_bytes,
-    )
-
-
-def place(gang: Gang, rooms: Mapping[str, Room]) -> tuple[PlacedBundle, ...] | None:
-    """The places of all `gang.count` bundles on `rooms` (already filtered by `matches`), or None.
+def place(
+    gang: Gang, capacity: Capacity, classes: Sequence[NodeClass] | None = None
+) -> tuple[PlacedBundle, ...] | None:
+    """The places of all `gang.count` bundles, or None. `classes`: where to look (default: all that match).
 
     Bundles come back in order, those of one node side by side, so that neighbouring ranks are neighbours.
     """
-    chosen: list[PlacedBundle] = []
-    left = {node_id: (each, fits) for node_id, each in rooms.items() if (fits := each.copies(gang))}
-    used: set[str] = set()
-    while len(chosen) < gang.count:
-        missing = gang.count - len(chosen)
-        node_id = _CHOOSE[gang.strategy](left, missing, used)
-        if node_id is None:
-            return None
-        here, fits = left[node_id]
-        take = min(missing, fits) if gang.strategy in (Strategy.PACK, Strategy.STRICT_PACK) else 1
-        for _ in range(take):
-            placed, here = here.take(gang)
-            chosen.append(placed)
-        used.add(node_id)
-        left.pop(node_id)
-        if again := here.copies(gang):
-            left[node_id] = (here, again)
-    return tuple(chosen)
+    classes = capacity.matching(gang) if classes is None else classes
+    if not may_fit(gang, classes):
+        return None
+    if gang.bundle.gpu_units < GPU_UNIT:
+        return _place_shares(gang, capacity, classes)
+    if gang.strategy in (Strategy.PACK, Strategy.STRICT_PACK):
+        return _pack(gang, capacity, classes)
+    return _spread(gang, capacity, classes)
+
+
+def place_elastic(
+    gang: Gang, capacity: Capacity, classes: Sequence[NodeClass] | None = None
+) -> tuple[PlacedBundle, ...] | None:
+    """As `place`, with as many bundles as fit, from `gang.minimum` to `gang.count`."""
+    places = place(gang, capacity, classes)
+    if places is not None or gang.minimum == gang.count:
+        return places
+    low, high, best = gang.minimum, gang.count - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        places = place(gang.sized(middle), capacity, classes)
+        if places is None:
+            high = middle - 1
+        else:
+            low, best = middle + 1, places
+    return best
 
 
 def feasible(gang: Gang, shapes: Iterable[NodeShape]) -> bool:
-    """Whether the gang would fit on empty nodes of these shapes, as many of each as there can be."""
-    rooms: dict[str, Room] = {}
+    """Whether the gang's minimum would fit on empty nodes of these shapes, as many of each as there can be."""
+    least = gang.sized(gang.minimum)
+    empty = Capacity()
     for number, shape in enumerate(shapes):
-        if matches(gang, shape.labels):
-            for copy in range(min(shape.most, gang.count)):
+        if shape.gpu_slots and matches(gang, shape.labels):
+            for copy in range(min(shape.most, least.count)):
                 node_id = f"{number}/{copy}"
-                empty = Devices.whole(shape.gpu_slots)
-                rooms[node_id] = Room(node_id, empty, shape.cpu_milli, shape.memory_bytes)
-    return place(gang, rooms) is not None
+                empty.join(_empty_node(node_id, shape))
+    if not gang.gpu_types:
+        return place(least, empty) is not None
+    return any(
+        place(least, empty, [each for each in empty.matching(gang) if each.key.gpu_type == gpu_type]) is not None
+        for gpu_type in gang.gpu_types
+    )
 
 
-_Rooms = Mapping[str, tuple[Room, int]]
+def may_fit(gang: Gang, classes: Sequence[NodeClass]) -> bool:
+    """Whether the gang's minimum may fit: a cheap bound that never says no where it fits."""
+    units = gang.bundle.gpu_units
+    if units < GPU_UNIT:
+        return any(any(each.whole[1:]) or any(part >= units for part in each.partial) for each in classes)
+    gpus = units // GPU_UNIT
+    if gang.minimum == 1:
+        return any(any(each.whole[gpus:]) for each in classes)
+    return sum(each.copies(gpus) for each in classes) >= gang.minimum
 
 
-def _pack(left: _Rooms, missing: int, _used: set[str]) -> str | None:
-    """The node that takes most of what is missing; among equals the one with the least left over."""
-    return _first(left, lambda r, fits: (-min(fits, missing), r.devices.total_free))
+def _pack(gang: Gang, capacity: Capacity, classes: Sequence[NodeClass]) -> tuple[PlacedBundle, ...] | None:
+    """Node by node: the one that takes most of what is missing, among equals the one with the least left over."""
+    strict = gang.strategy is Strategy.STRICT_PACK
+    chosen: list[PlacedBundle] = []
+    used: set[str] = set()
+    while len(chosen) < gang.count:
+        missing = gang.count - len(chosen)
+        found = _fullest(gang.bundle, missing, capacity, classes, used)
+        if found is None:
+            return None
+        node, fits = found
+        if strict and fits < missing:
+            return None
+        chosen += _bundles(gang.bundle, node, min(missing, fits))
+        used.add(node.id)
+    return tuple(chosen)
 
 
-def _strict_pack(left: _Rooms, missing: int, _used: set[str]) -> str | None:
-    whole = {node_id: entry for node_id, entry in left.items() if entry[1] >= missing}
-    return _first(whole, lambda r, _: (r.devices.total_free,))
+def _fullest(
+    bundle: Bundle, missing: int, capacity: Capacity, classes: Sequence[NodeClass], used: set[str]
+) -> tuple[Node, int] | None:
+    """The node with the fewest free devices that takes `missing` bundles; else one that takes the most."""
+    gpus = bundle.gpu_units // GPU_UNIT
+    most = max((len(each.whole) - 1 for each in classes), default=0)
+    plain = not bundle.cpu_milli and not bundle.memory_bytes
+    best: tuple[Node, int] | None = None
+    # Ascending from what is enough for all that is missing; below that, descending by how many fit.
+    enough = range(min(most + 1, missing * gpus), most + 1)
+    fewer = range(min(most, missing * gpus - 1), gpus - 1, -1)
+    for free in enough:
+        for node in _bucket(free, capacity, classes, used):
+            if plain:
+                return node, free // gpus
+            fits = capacity.copies_on(node, bundle)
+            if fits >= missing:
+                return node, fits
+            if fits and (best is None or fits > best[1]):
+                best = node, fits
+    for free in fewer:
+        copies = free // gpus
+        if best is not None and best[1] >= copies:
+            if best[1] > copies or not plain:
+                break
+        for node in _bucket(free, capacity, classes, used):
+            fits = copies if plain else capacity.copies_on(node, bundle)
+            if fits and (best is None or fits >= best[1]):
+                best = node, fits
+            if plain:
+                break
+    return best
 
 
-def _spread(left: _Rooms, _missing: int, used: set[str]) -> str | None:
-    """A node not used yet, the fullest that fits; used ones only when none is left."""
-    return _first(left, lambda r, _: (r.node_id in used, r.devices.total_free))
+def _spread(gang: Gang, capacity: Capacity, classes: Sequence[NodeClass]) -> tuple[PlacedBundle, ...] | None:
+    """One bundle to each node, the fullest that fits first; again from the start when none is left unused."""
+    gpus = gang.bundle.gpu_units // GPU_UNIT
+    most = max((len(each.whole) - 1 for each in classes), default=0)
+    nodes: list[tuple[Node, int]] = []
+    for free in range(gpus, most + 1):
+        for node in _bucket(free, capacity, classes, set(), len(capacity)):
+            fits = capacity.copies_on(node, gang.bundle)
+            if fits:
+                nodes.append((node, fits))
+            if len(nodes) == gang.count:
+                break
+        if len(nodes) == gang.count:
+            break
+    if gang.strategy is Strategy.STRICT_SPREAD and len(nodes) < gang.count:
+        return None
+    counts = [0] * len(nodes)
+    left, again = gang.count, True
+    while left and again:
+        again = False
+        for index, (_, fits) in enumerate(nodes):
+            if left and counts[index] < fits:
+                counts[index] += 1
+                left -= 1
+                again = True
+    if left:
+        return None
+    chosen: list[PlacedBundle] = []
+    for (node, _), count in zip(nodes, counts, strict=True):
+        chosen += _bundles(gang.bundle, node, count)
+    return tuple(chosen)
 
 
-def _strict_spread(left: _Rooms, missing: int, used: set[str]) -> str | None:
-    return _spread({k: v for k, v in left.items() if k not in used}, missing, used)
+def _place_shares(
+    gang: Gang, capacity: Capacity, classes: Sequence[NodeClass]
+) -> tuple[PlacedBundle, ...] | None:
+    """Shares of a device: the fullest device that holds one, a fresh device of the fullest node last.
+
+    A gang of shares is refused by `rm.spec`; if one comes from elsewhere its bundles go one by one.
+    """
+    chosen: list[PlacedBundle] = []
+    mark = capacity.mark()
+    try:
+        for _ in range(gang.count):
+            used = {each.node_id for each in chosen}
+            node = _fullest_device(gang, capacity, classes, used)
+            if node is None:
+                return None
+            (bundle,) = _bundles(gang.bundle, node, 1)
+            capacity.take(gang.bundle, [bundle])
+            chosen.append(bundle)
+    finally:
+        capacity.rollback(mark)
+    return tuple(chosen)
 
 
-def _first(left: _Rooms, key: Callable[[Room, int], tuple[object, ...]]) -> str | None:
-    """The best node by `key`; node ids break ties so that the same state gives the same plan."""
-    return min(left, key=lambda node_id: (*key(*left[node_id]), node_id), default=None)
+def _fullest_device(
+    gang: Gang, capacity: Capacity, classes: Sequence[NodeClass], used: set[str]
+) -> Node | None:
+    bundle, strategy = gang.bundle, gang.strategy
+    parts = sorted({part for each in classes for part in each.partial if part >= bundle.gpu_units})
+    most = max((len(each.whole) - 1 for each in classes), default=0)
+    candidates: Iterator[Node]
+    found: Node | None = None
+    for candidates in (
+        *(_numbered(each.partial.get(part, ()), capacity) for part in parts for each in classes),
+        *(_bucket(free, capacity, classes, set()) for free in range(1, most + 1)),
+    ):
+        for node in candidates:
+            if not capacity.copies_on(node, bundle):
+                continue
+            if strategy is Strategy.STRICT_PACK and used and node.id not in used:
+                continue
+            if node.id in used and strategy is Strategy.STRICT_SPREAD:
+                continue
+            if node.id in used and strategy is Strategy.SPREAD:
+                found = found or node
+                continue
+            return node
+    return found
 
 
-_CHOOSE: dict[Strategy, Callable[[_Rooms, int, set[str]], str | None]] = {
-    Strategy.PACK: _pack,
-    Strategy.STRICT_PACK: _strict_pack,
-    Strategy.SPREAD: _spread,
-    Strategy.STRICT_SPREAD: _strict_spread,
-}
+def _bundles(bundle: Bundle, node: Node, count: int) -> list[PlacedBundle]:
+    """`count` bundles on the node's free devices."""
+    devices: Devices = usable(node)
+    chosen = []
+    for _ in range(count):
+        slots, devices = devices.take(bundle.gpu_units)
+        chosen.append(PlacedBundle(node.id, slots))
+    return chosen
+
+
+def _bucket(
+    free: int,
+    capacity: Capacity,
+    classes: Sequence[NodeClass],
+    used: set[str],
+    most: int = LOOKS_PER_BUCKET,
+) -> Iterator[Node]:
+    """Nodes with exactly `free` whole devices, those of `used` left out."""
+    for group in classes:
+        if free < len(group.whole):
+            looks = 0
+            for number in group.whole[free]:
+                node = capacity.node_numbered(number)
+                if node.id not in used:
+                    yield node
+                    looks += 1
+                    if looks >= most:
+                        break
+
+
+def _numbered(numbers: Iterable[int], capacity: Capacity) -> Iterator[Node]:
+    return (capacity.node_numbered(number) for number in numbers)
+
+
+def _empty_node(node_id: str, shape: NodeShape) -> Node:
+    return Node(
+        node_id,
+        node_id,
+        shape.gpu_slots,
+        Devices.whole(shape.gpu_slots),
+        shape.cpu_milli,
+        shape.cpu_milli,
+        shape.memory_bytes,
+        shape.memory_bytes,
+        shape.labels,
+    )

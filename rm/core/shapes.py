@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from rm.core.capacity import matches
 from rm.core.model import Gang, NodeShape, Strategy
-from rm.core.placement import feasible, matches
+from rm.core.placement import feasible
 from rm.core.resources import GPU_UNIT, Bundle, gpu_count
 from rm.errors import Infeasible, InvalidSpec
 

@@ -12,22 +12,27 @@ in the background, so GPUs whose release nobody has seen are not free.
     QUEUED ─admit─► RESERVING ─ready─► STARTING ─started─► RUNNING ─exited, lost─► RELEASING ─released─► terminal
       ▲                 │ failed           │ exited, lost                              ▲                 │
       │                 └──────────────────┴───────────────────────────────────────────┘                 │
-      └──────────────────────────────────── retry ────────────────────────────────────────────────────── ┘
+      └──────────────────────────────── retry, eviction ──────────────────────────────────────────────── ┘
 
-A job leaves `jobs` when it ends; `take_changes` hands the last record to the ledger, which keeps it.
+A job leaves `jobs` when it ends; `take_changes` hands the last record to the ledger, which keeps it. Everything
+that the scheduler needs besides the records (`capacity`, `pending`, `books`) follows from them and is kept up to
+date here, one change at a time, so that a cycle never walks all jobs or all nodes.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from rm.core.books import Books, Owner
+from rm.core.capacity import Capacity, Totals, charged
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     AvailabilityChecked,
+    CheckpointReported,
     Event,
     ForeignUseObserved,
+    HoldChanged,
     JobAdmitted,
     JobSubmitted,
     NodeJoined,
@@ -35,12 +40,14 @@ from rm.core.events import (
     NodeTypesObserved,
     PlacementReady,
     PlacementReleased,
+    PolicyChanged,
     ReserveFailed,
     RunExited,
     RunLost,
     RunStarted,
     StopRequested,
 )
+from rm.core.fairshare import Usage
 from rm.core.model import (
     Attempt,
     Job,
@@ -49,10 +56,12 @@ from rm.core.model import (
     NodeShape,
     Outcome,
     Phase,
-    PlacedBundle,
     Status,
     StopCause,
 )
+from rm.core.pending import Pending
+from rm.core.policy import Policy
+from rm.core.predict import Predictor
 from rm.core.resources import GPU_UNIT, Devices
 from rm.errors import InternalError, InvalidTransition
 
@@ -63,72 +72,63 @@ STORY_LENGTH = 32
 """Events kept per live job for `InvalidTransition`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """GPUs of the whole cluster in units: charged + foreign + free = capacity, up to nodes that just left."""
-
-    capacity: int
-    charged: int
-    foreign: int
-    free: int
-
-
 class ClusterState:
     """The one mutable object of the core. Not thread-safe: one writer owns it (`runtime/writer.py`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
         self.jobs: dict[str, Job] = {}
-        self.nodes: dict[str, Node] = {}
+        self.capacity = Capacity()
         self.launchable: tuple[NodeShape, ...] = ()
-        self.queue: list[tuple[int, int, str]] = []
-        """Queued jobs as (−priority, seq, id), sorted: the order in which they are considered."""
+        self.predictor = Predictor()
+        self.pending = Pending(self.policy)
+        self.books = Books(self.policy, {}, self.predictor)
         self.version = 0
         """Grows with every change; an event that leaves it as it was said nothing new."""
-        self._charged_on: dict[str, set[str]] = {}
+        self.wake_at: float | None = None
+        """The cycle's wish to be asked again at this time: somebody may be evicted then."""
+        self.plans: dict[str, object] = {}
+        """The cycle's notes from one run to the next (reservations). A cache: it may be emptied at any time."""
+        self._now = 0.0
         self._changed: dict[str, Job] = {}
-        self._timed: dict[str, float] = {}
-        """Jobs for which a moment matters: the deadline of a running one, the end of a back-off of a queued one."""
+        self._usage_changed: set[Owner] = set()
         self._story: dict[str, list[str]] = {}
 
     # --- reading -----------------------------------------------------------------------------------------
 
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        return self.capacity.nodes
+
     def totals(self) -> Totals:
-        capacity = charged = foreign = free = 0
-        for node in self.nodes.values():
-            capacity += node.gpu_slots * GPU_UNIT
-            left = usable(node).total_free
-            free += left
-            held = node.gpu_slots * GPU_UNIT - node.devices.total_free
-            charged += held
-            foreign += node.gpu_slots * GPU_UNIT - held - left
-        return Totals(capacity, charged, foreign, free)
+        return self.capacity.totals()
 
     def node_shapes(self) -> tuple[NodeShape, ...]:
         """Every shape of node that the cluster has or could launch."""
-        return self.present_shapes() + self.launchable
+        return self.capacity.shapes() + self.launchable
 
     def present_shapes(self) -> tuple[NodeShape, ...]:
         """The shapes of the nodes that are up, and how many there are of each."""
-        counts: dict[NodeShape, int] = {}
-        for node in self.nodes.values():
-            shape = NodeShape(node.gpu_slots, node.cpu_milli, node.memory_bytes, _shared_labels(node.labels))
-            counts[shape] = counts.get(shape, 0) + 1
-        return tuple(replace(shape, most=count) for shape, count in counts.items())
+        return self.capacity.shapes()
 
     def due(self, now: float) -> list[StopRequested]:
         """The stops that time itself asks for. Called by the writer before each cycle."""
         return [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
-            for job_id, moment in self._timed.items()
-            if moment <= now and self.jobs[job_id].attempt is not None
+            for job_id, moment in self.books.timed.items()
+            if moment <= now
         ]
 
     def next_due(self, now: float) -> float | None:
-        """The next moment at which time alone changes something: a time limit, or the end of a back-off.
+        """The next moment at which time alone changes something: a time limit, the end of a pause, an age.
 
-        A back-off that is over but still waits for capacity needs no clock: `now` leaves those out.
+        A pause that is over but whose job still waits for capacity needs no clock: `now` leaves those out.
         """
-        return min((moment for moment in self._timed.values() if moment > now), default=None)
+        moments = [moment for moment in self.books.timed.values() if moment > now]
+        for moment in (self.pending.next_moment(), self.wake_at):
+            if moment is not None and moment > now:
+                moments.append(moment)
+        return min(moments, default=None)
 
     def take_changes(self) -> list[Job]:
         """The records changed since the last call, for the ledger. Ended jobs appear here for the last time."""
@@ -136,36 +136,50 @@ class ClusterState:
         self._changed = {}
         return changed
 
+    def take_usage(self) -> list[tuple[Owner, Usage]]:
+        """The owners' averages that changed since the last call, for the ledger."""
+        changed = [(owner, self.books.usage[owner]) for owner in sorted(self._usage_changed)]
+        self._usage_changed = set()
+        return changed
+
     # --- changing ----------------------------------------------------------------------------------------
 
     def apply(self, event: Event) -> list[Effect]:
         """Make `event` true and return what follows from it. Raises InvalidTransition for what can't be."""
+        self._now = event.at
         effects = _RULES[type(event)](self, event)
         job_id = event.job_id
         if job_id is not None and job_id in self.jobs:
             story = self._story.setdefault(job_id, [])
             story.append(f"{event.at:.3f} {type(event).__name__}")
-            del story[:-STORY_LENGTH]
+            if len(story) > STORY_LENGTH:
+                del story[0]
         return effects
 
-    def restore(self, jobs: Iterable[Job]) -> list[Effect]:
+    def restore(
+        self, jobs: Iterable[Job], usage: Iterable[tuple[Owner, Usage]] = (), ended: Iterable[Job] = ()
+    ) -> list[Effect]:
         """Load live jobs from the ledger into an empty state; returns the effects that were under way.
 
         Nodes are not known yet: each one is charged for its bundles when it is observed (`NodeJoined`).
+        `ended`: the latest ended jobs, oldest first, from which durations are learnt.
         """
         if self.jobs:
             raise InternalError("restore() needs an empty state")
+        for job in ended:
+            if job.first_started_at is not None and job.ended_at is not None:
+                self.predictor.learn(job, job.ended_at - job.first_started_at)
         effects: list[Effect] = []
         for job in jobs:
             if job.status.terminal:
                 raise InternalError(f"{job.id} has ended and can't be restored")
+            self._now = job.attempt.admitted_at if job.attempt else job.submitted_at
             self._put(job)
-            if job.attempt is None:
-                self._enqueue(job)
-            else:
-                self._charge(job.id, job.attempt.placed)
+            if job.attempt is not None:
                 effects += _resume(job, job.attempt)
+        self.books.adopt_usage(usage)
         self._changed = {}
+        self._usage_changed = set()
         return effects
 
     # --- rules, one per event ------------------------------------------------------------------------------
@@ -174,27 +188,26 @@ class ClusterState:
         if event.job_id in self.jobs:
             raise self._invalid(self.jobs[event.job_id], event)
         self._put(replace(event.job, queued_at=event.at))
-        self._enqueue(event.job)
         return []
 
     def _checked(self, event: AvailabilityChecked) -> list[Effect]:
         job = self.jobs.get(event.job_id)
         if job is not None and job.attempt is None:
-            self._put(replace(job, reason=event.reason))
+            self._put(replace(job, reason=event.reason), moved=False)
         return []
 
     def _admitted(self, event: JobAdmitted) -> list[Effect]:
         job = self.jobs[event.job_id]
         if job.attempt is not None or event.attempt != job.attempts + 1:
             raise self._invalid(job, event)
-        self._dequeue(job)
-        self._charge(job.id, event.placed)
-        for placed in event.placed:
-            node = self.nodes[placed.node_id]
-            self.nodes[node.id] = _charged(node, job, placed, +1)
-        attempt = Attempt(event.attempt, event.placed, Phase.RESERVING, event.at)
+        if job.held or job.after or not job.gang.minimum <= len(event.placed) <= job.gang.count:
+            raise self._invalid(job, event)
+        self.capacity.take(job.gang.bundle, event.placed)
+        attempt = Attempt(
+            event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type
+        )
         self._put(replace(job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None))
-        return [Reserve(job.id, event.attempt, job.gang, event.placed)]
+        return [Reserve(job.id, event.attempt, job.gang.sized(len(event.placed)), event.placed)]
 
     def _ready(self, event: PlacementReady) -> list[Effect]:
         live = self._live(event, Phase.RESERVING)
@@ -204,7 +217,8 @@ class ClusterState:
         if attempt.stop is not None:
             return self._end_attempt(job, attempt, Outcome(Status.CANCELLED))
         self._put(replace(job, attempt=replace(attempt, phase=Phase.STARTING)))
-        return [Run(job.id, attempt.number, job.kind, job.gang, attempt.placed, job.grace_s)]
+        gang = job.gang.sized(len(attempt.placed))
+        return [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
 
     def _reserve_failed(self, event: ReserveFailed) -> list[Effect]:
         live = self._live(event, Phase.RESERVING)
@@ -248,29 +262,61 @@ class ClusterState:
             return []
         attempt = job.attempt
         if attempt is None:
-            self._dequeue(job)
+            if event.cause.comes_back:
+                return []
             self._finish(job, event.at, _stopped_while_queued(event))
             return []
-        if attempt.stop is not None or attempt.phase is Phase.RELEASING:
-            # Already on its way out. A stop that comes during a release still forbids the requeue.
+        if attempt.phase is Phase.RELEASING or attempt.stop is not None:
+            # Already on its way out. A stop that comes later still forbids the requeue.
             succeeded = attempt.outcome is not None and attempt.outcome.status is Status.SUCCEEDED
-            if attempt.stop is None and not succeeded:
+            overrules = attempt.stop is None or attempt.stop.comes_back
+            if overrules and not event.cause.comes_back and not succeeded:
                 self._put(replace(job, attempt=replace(attempt, stop=event.cause, stop_by=event.by)))
             return []
         stopped = replace(attempt, stop=event.cause, stop_by=event.by)
         self._put(replace(job, status=Status.STOPPING, attempt=stopped))
         return [Stop(job.id, attempt.number, job.grace_s)]
 
+    def _hold_changed(self, event: HoldChanged) -> list[Effect]:
+        job = self.jobs.get(event.job_id)
+        if job is None or job.held == event.held:
+            return []
+        self._put(replace(job, held=event.held, held_by=event.by if event.held else "", reason=None))
+        return []
+
+    def _checkpoint(self, event: CheckpointReported) -> list[Effect]:
+        live = self._live(event, Phase.STARTING, Phase.RUNNING)
+        if live is not None:
+            job, attempt = live
+            self._put(replace(job, attempt=replace(attempt, checkpoint_at=event.at)))
+        return []
+
+    def _policy_changed(self, event: PolicyChanged) -> list[Effect]:
+        self.policy = event.policy
+        old = self.books
+        self.books = Books(self.policy, self._gpus_by_type(), self.predictor)
+        self.pending = Pending(self.policy)
+        self.plans = {}
+        for job in self.jobs.values():
+            self.books.changed(None, job, event.at)
+            if job.attempt is None:
+                self.pending.add(job, event.at)
+        for usage in old.usage.values():
+            usage.settle(event.at, self.policy.half_life_s)
+        self.books.adopt_usage(old.usage.items())
+        self.version += 1
+        return []
+
     def _released(self, event: PlacementReleased) -> list[Effect]:
         live = self._live(event, Phase.RELEASING)
         if live is None:
             return []
         job, attempt = live
-        self._uncharge(job, attempt)
+        self.capacity.give(job.gang.bundle, attempt.placed)
         outcome = attempt.outcome or Outcome(Status.FAILED, "no outcome was recorded", infra=True)
         final = _verdict(job, attempt, outcome)
         if final is None:
-            self._requeue(job, outcome, event.at)
+            self._requeue(job, attempt, outcome, event.at)
         else:
             self._finish(job, event.at, final)
         return []
@@ -287,23 +333,25 @@ class ClusterState:
             event.memory_bytes,
             event.labels,
         )
-        for job_id in sorted(self._charged_on.get(node.id, ())):
+        for job_id in sorted(self.books.charged_on.get(node.id, ())):
             job = self.jobs[job_id]
             assert job.attempt is not None
             for placed in job.attempt.placed:
                 if placed.node_id == node.id:
-                    node = _charged(node, job, placed, +1)
-        self.nodes[node.id] = node
+                    node = charged(node, job.gang.bundle, placed.slots, +1)
+        self.capacity.join(node)
+        self.books.quota.resize(self._gpus_by_type())
         self.version += 1
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
-        if self.nodes.pop(event.node_id, None) is None:
+        if self.capacity.leave(event.node_id) is None:
             return []
+        self.books.quota.resize(self._gpus_by_type())
         self.version += 1
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
-        for job_id in sorted(self._charged_on.get(event.node_id, ())):
+        for job_id in sorted(self.books.charged_on.get(event.node_id, ())):
             job = self.jobs[job_id]
             if (
                 job.kind is Kind.LEASE
@@ -315,19 +363,21 @@ class ClusterState:
         return effects
 
     def _foreign(self, event: ForeignUseObserved) -> list[Effect]:
-        node = self.nodes.get(event.node_id)
-        if node is not None:
-            self.nodes[node.id] = replace(
-                node,
-                foreign_units=event.gpu_units,
-                foreign_cpu_milli=event.cpu_milli,
-                foreign_memory_bytes=event.memory_bytes,
+        if event.node_id in self.capacity:
+            self.capacity.replace(
+                replace(
+                    self.capacity[event.node_id],
+                    foreign_units=event.gpu_units,
+                    foreign_cpu_milli=event.cpu_milli,
+                    foreign_memory_bytes=event.memory_bytes,
+                )
             )
             self.version += 1
         return []
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
         self.launchable = event.shapes
+        self.books.quota.resize(self._gpus_by_type())
         self.version += 1
         return []
 
@@ -335,7 +385,13 @@ class ClusterState:
 
     def _live(
         self,
-        event: PlacementReady | ReserveFailed | RunStarted | RunExited | RunLost | PlacementReleased,
+        event: PlacementReady
+        | ReserveFailed
+        | RunStarted
+        | RunExited
+        | RunLost
+        | PlacementReleased
+        | CheckpointReported,
         *phases: Phase,
     ) -> tuple[Job, Attempt] | None:
         """The job and attempt that the event is about, or None where it is old news."""
@@ -351,62 +407,86 @@ class ClusterState:
     def _end_attempt(self, job: Job, attempt: Attempt, outcome: Outcome) -> list[Effect]:
         ended = replace(attempt, phase=Phase.RELEASING, outcome=outcome)
         self._put(replace(job, status=Status.STOPPING, attempt=ended))
-        return [Release(job.id, attempt.number, job.gang, attempt.placed)]
+        return [Release(job.id, attempt.number, job.gang.sized(len(attempt.placed)), attempt.placed)]
 
-    def _requeue(self, job: Job, outcome: Outcome, now: float) -> None:
-        infra = job.infra_failures + outcome.infra
-        failed = outcome.status is Status.FAILED and not outcome.infra
-        delay = 0.0 if failed else min(INFRA_BACKOFF_MOST_S, INFRA_BACKOFF_S * 2 ** max(0, infra - 1))
+    def _requeue(self, job: Job, attempt: Attempt, outcome: Outcome, now: float) -> None:
+        evicted = attempt.stop is not None and attempt.stop.comes_back
+        infra = job.infra_failures + (outcome.infra and not evicted)
+        failed = outcome.status is Status.FAILED and not outcome.infra and not evicted
+        calm = failed or evicted
+        delay = 0.0 if calm else min(INFRA_BACKOFF_MOST_S, INFRA_BACKOFF_S * 2 ** max(0, infra - 1))
+        kept_s = 0.0
+        if attempt.started_at is not None and attempt.checkpoint_at is not None:
+            kept_s = max(0.0, attempt.checkpoint_at - attempt.started_at)
         queued = replace(
             job,
             status=Status.QUEUED,
             attempt=None,
             infra_failures=infra,
             failures=job.failures + failed,
+            evictions=job.evictions + evicted,
+            ran_s=job.ran_s + kept_s,
             eligible_at=now + delay if delay else 0.0,
             queued_at=now,
-            outcome=outcome,
+            outcome=replace(outcome, message=_evicted(attempt), infra=False) if evicted else outcome,
         )
         self._put(queued)
-        self._enqueue(queued)
 
     def _finish(self, job: Job, now: float, outcome: Outcome) -> None:
-        self._put(
-            replace(job, status=outcome.status, attempt=None, outcome=outcome, ended_at=now, reason=None)
-        )
+        """End the job, and with it the jobs that can now never start."""
+        ending = [(job, outcome)]
+        while ending:
+            job, outcome = ending.pop()
+            self._finish_one(job, now, outcome)
+            for other in sorted(self.books.dependents.get(job.id, ())):
+                dependent = self.jobs[other]
+                if outcome.status is Status.SUCCEEDED:
+                    left = tuple(each for each in dependent.after if each != job.id)
+                    self._put(replace(dependent, after=left, reason=None))
+                elif all(dependent is not each for each, _ in ending):
+                    why = f"{job.id}, which had to succeed first, ended {outcome.status}"
+                    ending.append((dependent, Outcome(Status.CANCELLED, why)))
+
+    def _finish_one(self, job: Job, now: float, outcome: Outcome) -> None:
+        ended = replace(job, status=outcome.status, attempt=None, outcome=outcome, ended_at=now, reason=None)
+        if job.attempt is not None and job.attempt.started_at is not None and not outcome.infra:
+            self.predictor.learn(job, job.ran_s + now - job.attempt.started_at)
+        if job.attempt is None:
+            self.pending.remove(job)
+        self.books.changed(job, None, now)
+        self._note_usage(job)
+        self._changed[job.id] = ended
+        self.version += 1
         del self.jobs[job.id]
-        self._timed.pop(job.id, None)
         self._story.pop(job.id, None)
 
-    def _put(self, job: Job) -> None:
+    def _put(self, job: Job, *, moved: bool = True) -> None:
+        """Replace a record. `moved=False`: nothing but its reason has changed."""
+        old = self.jobs.get(job.id)
         self.jobs[job.id] = job
         self._changed[job.id] = job
         self.version += 1
-        moment = _moment(job)
-        if moment is None:
-            self._timed.pop(job.id, None)
-        else:
-            self._timed[job.id] = moment
+        self.books.changed(old, job, self._now)
+        if not moved:
+            self.pending.renew(job)
+            return
+        if old is not None and old.attempt is None:
+            self.pending.remove(old)
+        if job.attempt is None:
+            self.pending.add(job, self._now)
+        self._note_usage(job)
 
-    def _enqueue(self, job: Job) -> None:
-        insort(self.queue, (*job.order_key, job.id))
+    def _note_usage(self, job: Job) -> None:
+        if job.queue in self.policy.queues and (job.queue, job.owner) in self.books.usage:
+            self._usage_changed.add((job.queue, job.owner))
 
-    def _dequeue(self, job: Job) -> None:
-        index = bisect_left(self.queue, (*job.order_key, job.id))
-        if index == len(self.queue) or self.queue[index][2] != job.id:
-            raise InternalError(f"{job.id} is {job.status} but not in the queue")
-        del self.queue[index]
-
-    def _charge(self, job_id: str, placed: Iterable[PlacedBundle]) -> None:
-        for bundle in placed:
-            self._charged_on.setdefault(bundle.node_id, set()).add(job_id)
-
-    def _uncharge(self, job: Job, attempt: Attempt) -> None:
-        for placed in attempt.placed:
-            self._charged_on.get(placed.node_id, set()).discard(job.id)
-            node = self.nodes.get(placed.node_id)
-            if node is not None:
-                self.nodes[node.id] = _charged(node, job, placed, -1)
+    def _gpus_by_type(self) -> dict[str, int]:
+        """Units that the cluster has, or would have with all that can be launched."""
+        units = self.capacity.by_type()
+        for shape in self.launchable:
+            name = shape.gpu_type or ""
+            units[name] = units.get(name, 0) + shape.gpu_slots * shape.most * GPU_UNIT
+        return units
 
     def _invalid(self, job: Job, event: Event) -> InvalidTransition:
         phase = job.attempt.phase if job.attempt else job.status
@@ -422,9 +502,7 @@ class ClusterState:
 
     def check(self) -> None:
         """Every invariant of this module, recomputed from scratch. Raises InternalError. Run in tests."""
-        queued = sorted((*job.order_key, job.id) for job in self.jobs.values() if job.attempt is None)
-        _require(queued == self.queue, f"queue {self.queue} is not what the jobs say: {queued}")
-        charged_on: dict[str, set[str]] = {}
+        self.capacity.check()
         nodes = {
             node.id: replace(
                 node,
@@ -434,60 +512,46 @@ class ClusterState:
             )
             for node in self.nodes.values()
         }
+        books = Books(self.policy, self._gpus_by_type(), self.predictor)
         for job in self.jobs.values():
             _require(not job.status.terminal, f"{job.id} has ended and is still here")
             _require((job.attempt is None) == (job.status is Status.QUEUED), f"{job.id}: {job.status}")
+            _require((job.attempt is None) == (job.id in self.pending), f"{job.id}: pending or not")
+            _require(all(other in self.jobs for other in job.after), f"{job.id} waits for the dead")
+            books.changed(None, job, 0.0)
             if job.attempt is None:
                 continue
-            _require(len(job.attempt.placed) == job.gang.count, f"{job.id}: a gang is whole or absent")
+            placed = job.attempt.placed
+            _require(job.gang.minimum <= len(placed) <= job.gang.count, f"{job.id}: a gang is whole or absent")
             _require(job.attempt.number == job.attempts, f"{job.id}: attempt numbers")
-            for placed in job.attempt.placed:
-                charged_on.setdefault(placed.node_id, set()).add(job.id)
-                if placed.node_id in nodes:
-                    nodes[placed.node_id] = _charged(nodes[placed.node_id], job, placed, +1)
-        _require(nodes == self.nodes, "the nodes' free amounts are not capacity minus live attempts")
-        live = {node: jobs for node, jobs in self._charged_on.items() if jobs}
-        timed = {job.id: moment for job in self.jobs.values() if (moment := _moment(job)) is not None}
-        _require(timed == self._timed, f"moments {self._timed} are not what the jobs say: {timed}")
-        _require(live == charged_on, f"charges by node {live} are not what the attempts say: {charged_on}")
-
-
-def usable(node: Node) -> Devices:
-    """What is free on the node for us: after our own charges and after what strangers hold."""
-    return node.devices.without_foreign(node.foreign_units)
-
-
-def _charged(node: Node, job: Job, placed: PlacedBundle, sign: int) -> Node:
-    bundle = job.gang.bundle
-    move = node.devices.give if sign < 0 else node.devices.take_slots
-    return replace(
-        node,
-        devices=move(placed.slots, bundle.gpu_units),
-        cpu_free_milli=node.cpu_free_milli - sign * bundle.cpu_milli,
-        memory_free_bytes=node.memory_free_bytes - sign * bundle.memory_bytes,
-    )
-
-
-def _moment(job: Job) -> float | None:
-    """When time alone will change something for this job."""
-    attempt = job.attempt
-    if attempt is None:
-        return job.eligible_at or None
-    if job.time_limit_s is None or attempt.started_at is None or attempt.stop is not None:
-        return None
-    return attempt.started_at + job.time_limit_s if attempt.phase is Phase.RUNNING else None
+            for each in placed:
+                if each.node_id in nodes:
+                    nodes[each.node_id] = charged(nodes[each.node_id], job.gang.bundle, each.slots, +1)
+        _require(nodes == dict(self.nodes), "the nodes' free amounts are not capacity minus live attempts")
+        for name in ("charged_on", "timed", "ending", "dependents", "evictable", "elastic"):
+            ours, fresh = getattr(self.books, name), getattr(books, name)
+            _require(ours == fresh, f"{name} is {ours}, the records say {fresh}")
+        _require(set(self.books.unchecked) == set(books.unchecked), "who was looked at")
+        _require([e[1:] for e in self.books.ends] == [e[1:] for e in books.ends] or
+                 self.policy.predicted_limits, f"ends {self.books.ends} are not {books.ends}")
+        _require(self.books.quota.usages() == books.quota.usages(), "quota in use is not what the attempts hold")
+        held = {owner: usage.current for owner, usage in self.books.usage.items() if usage.current}
+        fresh_held = {owner: usage.current for owner, usage in books.usage.items() if usage.current}
+        _require(held == fresh_held, f"owners hold {held}, the attempts say {fresh_held}")
+        self.pending.check()
 
 
 def _resume(job: Job, attempt: Attempt) -> list[Effect]:
     """The effect that was under way for a live attempt when the allocator stopped."""
     effects: list[Effect]
+    gang = job.gang.sized(len(attempt.placed))
     match attempt.phase:
         case Phase.RESERVING:
-            effects = [Reserve(job.id, attempt.number, job.gang, attempt.placed)]
+            effects = [Reserve(job.id, attempt.number, gang, attempt.placed)]
         case Phase.STARTING | Phase.RUNNING:
-            effects = [Run(job.id, attempt.number, job.kind, job.gang, attempt.placed, job.grace_s)]
+            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
         case Phase.RELEASING:
-            return [Release(job.id, attempt.number, job.gang, attempt.placed)]
+            return [Release(job.id, attempt.number, gang, attempt.placed)]
     if attempt.stop is not None:
         effects.append(Stop(job.id, attempt.number, job.grace_s))
     return effects
@@ -504,6 +568,12 @@ _STOPPED: dict[StopCause, tuple[Status, str]] = {
 }
 
 
+def _evicted(attempt: Attempt) -> str:
+    if attempt.stop is StopCause.RESIZED:
+        return f"stopped to go on with fewer GPUs: {attempt.stop_by} comes first"
+    return f"evicted for {attempt.stop_by}"
+
+
 def _stopped_while_queued(event: StopRequested) -> Outcome:
     status, message = _STOPPED[event.cause]
     by = f" by {event.by}" if event.by else ""
@@ -512,6 +582,9 @@ def _stopped_while_queued(event: StopRequested) -> Outcome:
 
 def _verdict(job: Job, attempt: Attempt, outcome: Outcome) -> Outcome | None:
     """The job's end, or None where it is to be tried again. First match wins."""
+    if attempt.stop is not None and attempt.stop.comes_back:
+        # What ended by itself before the signal reached it has ended: nobody needs it again.
+        return outcome if outcome.status is Status.SUCCEEDED and job.kind is not Kind.LEASE else None
     if attempt.stop is not None:
         status, message = _STOPPED[attempt.stop]
         by = f" by {attempt.stop_by}" if attempt.stop_by else ""
@@ -525,11 +598,6 @@ def _verdict(job: Job, attempt: Attempt, outcome: Outcome) -> Outcome | None:
     if not outcome.infra and job.failures < job.max_retries:
         return None
     return replace(outcome, status=Status.FAILED)
-
-
-def _shared_labels(labels: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Labels that nodes of one type share: without those that name a single node."""
-    return tuple((key, value) for key, value in labels if key != "ray.io/node-id")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -547,6 +615,9 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     RunExited: ClusterState._exited,
     RunLost: ClusterState._lost,
     StopRequested: ClusterState._stop_requested,
+    HoldChanged: ClusterState._hold_changed,
+    CheckpointReported: ClusterState._checkpoint,
+    PolicyChanged: ClusterState._policy_changed,
     PlacementReleased: ClusterState._released,
     NodeJoined: ClusterState._node_joined,
     NodeLost: ClusterState._node_lost,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rm.core.events import Event
 from rm.core.model import Job
-from rm.core.state import Totals
+from rm.core.capacity import Totals
 from rm.spec import JobSpec
 
 

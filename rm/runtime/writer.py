@@ -31,8 +31,9 @@ from rm.core.events import (
     NodeJoined,
     NodeTypesObserved,
 )
+from rm.core.capacity import Totals
 from rm.core.model import Job, Node
-from rm.core.state import ClusterState, Totals
+from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable
 from rm.ledger import Accepted, Batch, EventRow, Ledger, Loaded
 from rm.spec import JobSpec
@@ -142,9 +143,9 @@ class Writer:
 
         A draft is the spec, its idempotency key, and what makes the core's record from an id and its number.
         """
-        if len(self.state.queue) + len(drafts) > self._max_pending:
+        if len(self.state.pending) + len(drafts) > self._max_pending:
             raise Busy(
-                f"{len(self.state.queue)} jobs are waiting and at most {self._max_pending} may "
+                f"{len(self.state.pending)} jobs are waiting and at most {self._max_pending} may "
                 "(RM_MAX_PENDING); submit again when some have started"
             )
         loop = asyncio.get_running_loop()

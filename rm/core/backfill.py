@@ -1,0 +1,152 @@
+"""EASY backfill: the first blocked job gets a date and a place, and nobody behind it may move that date.
+
+A reservation names the nodes on which the job will fit at the *shadow time* T, when the running jobs that end
+before T by their time limits have ended. A later job may start now if it ends before T by its own limit, or if it
+takes nothing on those nodes that the reservation needs at T. What must stay free for that is the `hold` of each
+node; it is subtracted from the node for everybody behind. Jobs without a limit count as endless: they never use a
+hold. Where only endless jobs stand in the way T is unknown (infinite), and the hold keeps what comes back.
+
+Source: Lifka, "The ANL/IBM SP scheduling system", JSSPP '95; Mu'alem and Feitelson, IEEE TPDS 2001.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from rm.core.books import START_S
+from rm.core.capacity import NodeClass, usable
+from rm.core.model import Attempt, Job, PlacedBundle
+from rm.core.relief import Relief
+from rm.core.resources import GPU_UNIT, Devices
+from rm.core.state import ClusterState
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A date and places for one job. `need`: units by node. `at`: the shadow time, infinite where unknown.
+
+    `counted`: the attempts on those nodes whose end it waits for. `classes`: the node classes that it covers; a
+    second reservation on other classes is possible.
+    `evicting`: jobs that were told to stop for it; empty where it waits for ends that come anyway.
+    """
+
+    job_id: str
+    at: float
+    need: Mapping[str, int]
+    classes: frozenset[int]
+    counted: frozenset[str] = frozenset()
+    evicting: tuple[str, ...] = ()
+
+
+def reserve(
+    job: Job, state: ClusterState, classes: Sequence[NodeClass], owed: Mapping[str, int], now: float
+) -> Reservation | None:
+    """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
+    relief = Relief(job.gang, state.capacity, classes, owed)
+    gone: set[str] = set()
+    for end, other, attempt in _by_end(state, now):
+        gone.add(other.id)
+        if relief.give(other.gang.bundle, attempt):
+            places = relief.places()
+            if places is not None:
+                need = needs(job, places)
+                counted = gone & _on(need, state)
+                return Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
+    return None
+
+
+def needs(job: Job, places: Sequence[PlacedBundle]) -> dict[str, int]:
+    """Units by node that these places take."""
+    need: dict[str, int] = {}
+    for each in places:
+        need[each.node_id] = need.get(each.node_id, 0) + job.gang.bundle.gpu_units
+    return need
+
+
+def class_ids(classes: Sequence[NodeClass]) -> frozenset[int]:
+    """What tells classes apart as long as they live."""
+    return frozenset(id(each) for each in classes)
+
+
+def _on(node_ids: Mapping[str, int], state: ClusterState) -> set[str]:
+    return {job_id for node_id in node_ids for job_id in state.books.charged_on.get(node_id, ())}
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Device slots of one node that the running cycle has given away, and when they come back by what is known."""
+
+    slots: tuple[int, ...]
+    units: int
+    end: float
+
+
+def still_good(reservation: Reservation, state: ClusterState, job: Job, now: float) -> bool:
+    """Whether an earlier cycle's reservation still holds its date: its nodes are there, and T is to come."""
+    if reservation.at < now:
+        return False
+    for node_id, units in reservation.need.items():
+        if node_id not in state.capacity:
+            return False
+        then = _free_at(node_id, reservation, state, ())
+        if then.copies(job.gang.bundle.gpu_units) * job.gang.bundle.gpu_units < units:
+            return False
+    return True
+
+
+def hold(reservation: Reservation, node_id: str, state: ClusterState, taken: Sequence[Taken]) -> int:
+    """Units of what is free on the node now that must stay free for the reservation."""
+    need = reservation.need[node_id]
+    if node_id not in state.capacity:
+        return 0
+    free_now = usable(state.capacity[node_id])
+    free_then = _free_at(node_id, reservation, state, taken)
+    if need < GPU_UNIT:
+        return min(need, max(free_now.free, default=0))
+    spare = free_then.free.count(GPU_UNIT) - need // GPU_UNIT
+    return max(0, free_now.free.count(GPU_UNIT) - max(0, spare)) * GPU_UNIT
+
+
+def end_if_started(job: Job, state: ClusterState, now: float) -> float:
+    """When `job`, started now, is surely gone; infinite where nothing limits it."""
+    limit_s = job.time_limit_s
+    if limit_s is None and state.policy.predicted_limits:
+        prediction = state.predictor.predict(job, job.ran_s)
+        limit_s = None if prediction is None else prediction.p90_s - job.ran_s
+    return inf if limit_s is None else now + START_S + limit_s + job.grace_s
+
+
+def _free_at(
+    node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]
+) -> Devices:
+    """The node's devices once all that the reservation counts on has ended."""
+    node = state.capacity[node_id]
+    devices = Devices.whole(node.gpu_slots)
+    for job_id in state.books.charged_on.get(node_id, ()):
+        job = state.jobs[job_id]
+        if job_id in reservation.counted or job_id in state.books.ending:
+            continue
+        if state.books.planned_end(job) <= reservation.at < inf:
+            continue
+        assert job.attempt is not None
+        for each in job.attempt.placed:
+            if each.node_id == node_id:
+                devices = devices.take_slots(each.slots, job.gang.bundle.gpu_units)
+    for mine in taken:
+        if not mine.end <= reservation.at < inf:
+            devices = devices.take_slots(mine.slots, mine.units)
+    # During a trial foreign_units includes what is kept for others.
+    return devices.without_foreign(node.foreign_units)
+
+
+def _by_end(state: ClusterState, now: float) -> Iterator[tuple[float, Job, Attempt]]:
+    for job_id in state.books.ending:
+        job = state.jobs[job_id]
+        assert job.attempt is not None
+        yield now, job, job.attempt
+    for end, _, job_id in state.books.ends:
+        job = state.jobs[job_id]
+        assert job.attempt is not None
+        yield max(end, now), job, job.attempt

@@ -1,0 +1,333 @@
+"""The nodes and what is free on them, indexed for best fit; with checkpoint and rollback for what-if.
+
+Nodes with as many GPUs and the same labels form a *class*: few even on a large cluster, and a request matches a
+class or does not (CPUs and memory differ from node to node and are looked at one by one). Inside a class nodes lie in buckets by how many whole devices are free, and
+devices that are partly used by how much of them is. So the fullest node that still fits is found without looking
+at the others. Every change of a node goes through `_put`, which keeps the index, the totals and, inside a
+trial, the way back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from rm.core.model import Gang, Node, NodeShape, PlacedBundle
+from rm.core.resources import GPU_UNIT, Bundle, Devices
+
+GPU_TYPE = "ray.io/accelerator-type"
+MEMORY_STEP = 2**28
+"""Shapes count memory in steps: machines of one type differ by a few bytes."""
+_OWN_LABELS = frozenset({"ray.io/node-id"})
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """GPUs of the whole cluster in units: charged + foreign + free = capacity, up to nodes that just left."""
+
+    capacity: int
+    charged: int
+    foreign: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassKey:
+    """What the nodes of a class have in common."""
+
+    gpu_slots: int
+    labels: tuple[tuple[str, str], ...]
+
+    @property
+    def gpu_type(self) -> str | None:
+        return dict(self.labels).get(GPU_TYPE)
+
+
+class NodeClass:
+    """The nodes of one class, by number: `whole[k]` has those with k whole devices free, in ascending order."""
+
+    __slots__ = ("free_units", "key", "partial", "size", "whole")
+
+    def __init__(self, key: ClassKey) -> None:
+        self.key = key
+        self.whole: list[list[int]] = [[] for _ in range(key.gpu_slots + 1)]
+        self.partial: dict[int, list[int]] = {}
+        """Free units of a partly used device → nodes that have such a device."""
+        self.size = 0
+        self.free_units = 0
+
+    def copies(self, gpus: int) -> int:
+        """How many bundles of `gpus` whole devices fit on the class at once."""
+        return sum(len(nodes) * (free // gpus) for free, nodes in enumerate(self.whole) if free >= gpus)
+
+
+def matches(gang: Gang, labels: Iterable[tuple[str, str]]) -> bool:
+    """Whether a node with these labels may hold the gang's bundles at all."""
+    have = dict(labels)
+    if gang.gpu_types and have.get(GPU_TYPE) not in gang.gpu_types:
+        return False
+    return all(have.get(key) == value for key, value in gang.labels)
+
+
+def usable(node: Node) -> Devices:
+    """What is free on the node for us: after our own charges and after what strangers hold."""
+    return node.devices.without_foreign(node.foreign_units) if node.foreign_units else node.devices
+
+
+class Capacity:
+    """All nodes. `ClusterState` changes it by events; the cycle tries things out between `mark` and `rollback`."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self._numbers: dict[str, int] = {}
+        self._ids: dict[int, str] = {}
+        self._next = 0
+        self._class_of: dict[str, NodeClass] = {}
+        self.classes: dict[ClassKey, NodeClass] = {}
+        self._journal: list[Node] = []
+        self._trials = 0
+        self._matching: dict[Gang, tuple[NodeClass, ...]] = {}
+        self._total = self._charged = self._free = 0
+        self.class_version = 0
+        """Grows when a class comes or goes."""
+        self._shapes: tuple[NodeShape, ...] | None = None
+        self.shape_version = 0
+        """Grows when a class comes or goes, or changes its size: what is feasible depends on nothing else."""
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        return MappingProxyType(self._nodes)
+
+    def __getitem__(self, node_id: str) -> Node:
+        return self._nodes[node_id]
+
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._nodes
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def node_numbered(self, number: int) -> Node:
+        return self._nodes[self._ids[number]]
+
+    def totals(self) -> Totals:
+        foreign = self._total - self._charged - self._free
+        return Totals(self._total, self._charged, foreign, self._free)
+
+    def class_of(self, node_id: str) -> NodeClass:
+        return self._class_of[node_id]
+
+    def matching(self, gang: Gang) -> tuple[NodeClass, ...]:
+        """The classes whose nodes may hold the gang, empty or not."""
+        found = self._matching.get(gang)
+        if found is None:
+            if len(self._matching) > 10_000:
+                self._matching.clear()
+            found = tuple(
+                each for each in self.classes.values() if each.key.gpu_slots and matches(gang, each.key.labels)
+            )
+            self._matching[gang] = found
+        return found
+
+    def shapes(self) -> tuple[NodeShape, ...]:
+        """The shapes of the nodes that are up, and how many there are of each."""
+        if self._shapes is None:
+            counts: dict[NodeShape, int] = {}
+            for node in self._nodes.values():
+                memory = node.memory_bytes - node.memory_bytes % MEMORY_STEP
+                shape = NodeShape(node.gpu_slots, node.cpu_milli, memory, self._class_of[node.id].key.labels)
+                counts[shape] = counts.get(shape, 0) + 1
+            self._shapes = tuple(replace(shape, most=count) for shape, count in counts.items())
+        return self._shapes
+
+    def by_type(self) -> dict[str, int]:
+        """GPU units of the nodes that are up, by GPU type ("" where a node has none)."""
+        units: dict[str, int] = {}
+        for key, each in self.classes.items():
+            kind = key.gpu_type or ""
+            units[kind] = units.get(kind, 0) + key.gpu_slots * each.size * GPU_UNIT
+        return units
+
+    def copies_on(self, node: Node, bundle: Bundle) -> int:
+        """How many bundles fit on the node now."""
+        return copies_in(
+            bundle,
+            usable(node),
+            node.cpu_free_milli - node.foreign_cpu_milli,
+            node.memory_free_bytes - node.foreign_memory_bytes,
+        )
+
+    # --- changing --------------------------------------------------------------------------------------------
+
+    def join(self, node: Node) -> None:
+        """Add a node, or replace the one of its id."""
+        if node.id in self._nodes:
+            self.leave(node.id)
+        number = self._numbers[node.id] = self._next
+        self._next += 1
+        self._ids[number] = node.id
+        key = _class_key(node)
+        group = self.classes.get(key)
+        if group is None:
+            group = self.classes[key] = NodeClass(key)
+            self.class_version += 1
+            self._matching.clear()
+        group.size += 1
+        self.shape_version += 1
+        self._shapes = None
+        self._class_of[node.id] = group
+        self._nodes[node.id] = node
+        self._total += node.gpu_slots * GPU_UNIT
+        self._index(node, number, group, +1)
+
+    def leave(self, node_id: str) -> Node | None:
+        node = self._nodes.pop(node_id, None)
+        if node is None:
+            return None
+        number, group = self._numbers.pop(node_id), self._class_of.pop(node_id)
+        del self._ids[number]
+        self._index(node, number, group, -1)
+        self._total -= node.gpu_slots * GPU_UNIT
+        group.size -= 1
+        self.shape_version += 1
+        self._shapes = None
+        if not group.size:
+            del self.classes[group.key]
+            self.class_version += 1
+            self._matching.clear()
+        return node
+
+    def take(self, bundle: Bundle, placed: Iterable[PlacedBundle]) -> None:
+        """Charge bundles to their nodes. Nodes that are gone are passed over."""
+        self._move(bundle, placed, +1)
+
+    def give(self, bundle: Bundle, placed: Iterable[PlacedBundle]) -> None:
+        """The inverse of `take`."""
+        self._move(bundle, placed, -1)
+
+    def keep_free(self, node_id: str, units: int) -> None:
+        """Inside a trial: make `units` of the node's free devices unavailable, whole ones first; negative undoes."""
+        node = self._nodes.get(node_id)
+        if node is not None and units:
+            self._put(replace(node, foreign_units=node.foreign_units + units))
+
+    def replace(self, node: Node) -> None:
+        """Put another record of a node that is there: same class, other amounts."""
+        self._put(node)
+
+    def _move(self, bundle: Bundle, placed: Iterable[PlacedBundle], sign: int) -> None:
+        for each in placed:
+            node = self._nodes.get(each.node_id)
+            if node is not None:
+                self._put(charged(node, bundle, each.slots, sign))
+
+    # --- what if -----------------------------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """Begin a trial, or a trial inside one. `rollback(mark)` undoes everything since."""
+        self._trials += 1
+        return len(self._journal)
+
+    def rollback(self, mark: int) -> None:
+        while len(self._journal) > mark:
+            self._set(self._journal.pop())
+        self._trials -= 1
+
+    # --- index -------------------------------------------------------------------------------------------------
+
+    def _put(self, node: Node) -> None:
+        if self._trials:
+            self._journal.append(self._nodes[node.id])
+        self._set(node)
+
+    def _set(self, node: Node) -> None:
+        number, group = self._numbers[node.id], self._class_of[node.id]
+        self._index(self._nodes[node.id], number, group, -1)
+        self._nodes[node.id] = node
+        self._index(node, number, group, +1)
+
+    def _index(self, node: Node, number: int, group: NodeClass, sign: int) -> None:
+        devices = usable(node)
+        free = devices.free
+        total = sum(free)
+        whole = free.count(GPU_UNIT)
+        change = insort if sign > 0 else _remove
+        change(group.whole[whole], number)
+        if total != whole * GPU_UNIT:
+            for part in {each for each in free if 0 < each < GPU_UNIT}:
+                nodes = group.partial.setdefault(part, [])
+                change(nodes, number)
+                if not nodes:
+                    del group.partial[part]
+        group.free_units += sign * total
+        self._free += sign * total
+        self._charged += sign * (node.gpu_slots * GPU_UNIT - node.devices.total_free)
+
+    def check(self) -> None:
+        """The index and the totals, worked out again from the nodes. AssertionError where they differ."""
+        fresh = Capacity()
+        for node_id in sorted(self._nodes, key=self._numbers.__getitem__):
+            fresh.join(self._nodes[node_id])
+        assert not self._trials, "a trial was not rolled back"
+        assert fresh.totals() == self.totals(), f"totals {self.totals()} are not {fresh.totals()}"
+        assert set(fresh.classes) == set(self.classes), "classes"
+        for key, group in self.classes.items():
+            again = fresh.classes[key]
+            names = [[self._ids[n] for n in bucket] for bucket in group.whole]
+            assert names == [[fresh._ids[n] for n in bucket] for bucket in again.whole], f"buckets of {key}"
+            assert {part: len(nodes) for part, nodes in group.partial.items()} == {
+                part: len(nodes) for part, nodes in again.partial.items()
+            }, f"partial devices of {key}"
+            assert (group.size, group.free_units) == (again.size, again.free_units), f"sizes of {key}"
+
+
+def copies_in(bundle: Bundle, devices: Devices, cpu_milli: int, memory_bytes: int) -> int:
+    """How many bundles fit into these free amounts."""
+    fits = devices.copies(bundle.gpu_units)
+    if bundle.cpu_milli:
+        fits = min(fits, cpu_milli // bundle.cpu_milli)
+    if bundle.memory_bytes:
+        fits = min(fits, memory_bytes // bundle.memory_bytes)
+    return max(0, fits)
+
+
+def charged(node: Node, bundle: Bundle, slots: tuple[int, ...], sign: int) -> Node:
+    """The node with one bundle more (+1) or less (-1) on these device slots."""
+    move = node.devices.give if sign < 0 else node.devices.take_slots
+    return Node(
+        node.id,
+        node.name,
+        node.gpu_slots,
+        move(slots, bundle.gpu_units),
+        node.cpu_milli,
+        node.cpu_free_milli - sign * bundle.cpu_milli,
+        node.memory_bytes,
+        node.memory_free_bytes - sign * bundle.memory_bytes,
+        node.labels,
+        node.foreign_units,
+        node.foreign_cpu_milli,
+        node.foreign_memory_bytes,
+    )
+
+
+def nodes_of(classes: Iterable[NodeClass], capacity: Capacity) -> Iterator[Node]:
+    """Every node of these classes, the fullest first."""
+    for group in classes:
+        for bucket in group.whole:
+            for number in bucket:
+                yield capacity.node_numbered(number)
+
+
+def _class_key(node: Node) -> ClassKey:
+    labels = tuple(pair for pair in node.labels if pair[0] not in _OWN_LABELS)
+    return ClassKey(node.gpu_slots, labels)
+
+
+def _remove(numbers: list[int], number: int) -> None:
+    index = bisect_left(numbers, number)
+    assert numbers[index] == number, "the index lost a node"
+    del numbers[index]

@@ -1,0 +1,312 @@
+"""Why a job waits: the first rule that matches, with the numbers behind it and what the user could change.
+
+Asked of a cycle's trial after its walk, so the answer is about this very moment: what was kept for others, and for
+whom, is known. `docs/reasons/` has a page for each code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from rm.core import reasons
+from rm.core.capacity import NodeClass, usable
+from rm.core.model import Gang, Job
+from rm.core.options import Option
+from rm.core.placement import feasible, place
+from rm.core.reasons import Reason
+from rm.core.resources import Bundle, gpu_count
+
+if TYPE_CHECKING:
+    from rm.core.cycle import Cycle
+
+
+def reason_of(cycle: Cycle, job: Job) -> Reason:
+    """The reason of a queued job. First match wins."""
+    if job.id in cycle.admitted:
+        return Reason(reasons.NOT_EVALUATED, "fits now; the next cycle will start it")
+    found = _must_not_start(cycle, job) or _cannot_ever(cycle, job)
+    if found is not None:
+        return found
+    options = cycle.notes.options.of(job.queue, job.gang)
+    return (
+        _quota(cycle, job, options)
+        or _coming(cycle, job)
+        or _kept_for_others(cycle, job, options)
+        or _fragmented(cycle, job, options)
+        or _behind(cycle, job, options)
+        or _no_capacity(cycle, job, options)
+    )
+
+
+def _must_not_start(cycle: Cycle, job: Job) -> Reason | None:
+    if job.held:
+        by = f" by {job.held_by}" if job.held_by else ""
+        return Reason(reasons.HELD, f"held back{by}", {"by": job.held_by}, "`rmctl release` lets it go")
+    if job.eligible_at > cycle.now:
+        wait_s = job.eligible_at - cycle.now
+        last = f": {job.outcome.message}" if job.outcome and job.outcome.message else ""
+        return Reason(
+            reasons.HELD,
+            f"its next attempt starts in {wait_s:.0f} s; the last one did not get far{last}",
+            {"eligible_at": job.eligible_at, "infra_failures": job.infra_failures},
+        )
+    if job.after:
+        names = ", ".join(job.after[:5]) + (" …" if len(job.after) > 5 else "")
+        return Reason(
+            reasons.DEPENDENCY, f"waits for {names} to succeed", {"after": list(job.after)}, "they come first"
+        )
+    if not cycle.open(job.queue):
+        gone = job.queue not in cycle.state.policy.queues
+        return Reason(
+            reasons.QUEUE_STOPPED,
+            f"queue {job.queue} {'is no longer configured' if gone else 'is stopped'}",
+            {"queue": job.queue},
+            "an administrator can start it again with `rmctl apply`; or submit to another queue",
+        )
+    return None
+
+
+def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
+    state, gang = cycle.state, cycle.wanted(job)
+    if not len(state.capacity):
+        return Reason(reasons.NOT_EVALUATED, "no node was seen yet; it is looked at when one joins")
+    present, all_shapes = state.present_shapes(), state.node_shapes()
+    if feasible(gang, present):
+        return _exceeds_quota(cycle, job)
+    most = max((shape.gpu_slots for shape in present), default=0)
+    evidence = {"needs": str(job.gang), "largest_node_gpus": most, "nodes": len(state.nodes)}
+    if feasible(gang, all_shapes):
+        return Reason(
+            reasons.WAITING_FOR_CAPACITY,
+            f"needs {job.gang}; no node that is up could hold it, one that can be launched could",
+            evidence,
+            "it starts when such a node joins",
+        )
+    if not state.capacity.matching(gang):
+        wanted = " or ".join(gang.gpu_types) or ", ".join(f"{key}={value}" for key, value in gang.labels)
+        have = sorted({shape.gpu_type for shape in all_shapes if shape.gpu_type})
+        return Reason(
+            reasons.NO_MATCHING_GPU_TYPE,
+            f"no node of this cluster is {wanted or 'one with GPUs'}",
+            {**evidence, "wanted": wanted, "gpu_types": have},
+            f"the cluster has {', '.join(have)}" if have else "its nodes carry no GPU type",
+        )
+    return Reason(
+        reasons.INFEASIBLE,
+        f"no node of this cluster could hold it now: it needs {job.gang}, the largest node has {most} GPUs",
+        evidence,
+        "it starts when a node that can hold it joins; cancel it if none will",
+    )
+
+
+def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
+    quota, units = cycle.state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+    options = cycle.notes.options.of(job.queue, job.gang)
+    most = max((quota.most(job.queue, option.kind) for option in options), default=0)
+    if most >= units:
+        return None
+    return Reason(
+        reasons.EXCEEDS_QUOTA,
+        f"needs {_gpus(units)}; queue {job.queue} may never hold more than {_gpus(most)}",
+        {"needed_gpus": gpu_count(units), "most_gpus": gpu_count(most), "queue": job.queue},
+        "ask for fewer GPUs, or use a queue with a larger quota",
+    )
+
+
+def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
+    if any(cycle.within_quota(job, option) is not None for option in options) or job.id in cycle.reservations:
+        return None
+    books, rules = cycle.state.books, cycle.state.policy.queues[job.queue]
+    units = job.gang.minimum * job.gang.bundle.gpu_units
+    held = books.held_by(job.queue, job.owner)
+    if rules.max_gpus_per_owner is not None and held + units > rules.max_gpus_per_owner:
+        return Reason(
+            reasons.WAITING_FOR_QUOTA,
+            f"{job.owner} holds {_gpus(held)} in queue {job.queue}, where one owner may hold "
+            f"{gpu_count(rules.max_gpus_per_owner):g}",
+            {"held_gpus": gpu_count(held), "owner_limit_gpus": gpu_count(rules.max_gpus_per_owner)},
+            "it starts when your own jobs give GPUs back",
+        )
+    kind = options[0].kind
+    used, owns = books.quota.usage(job.queue, kind), books.quota.nominal(job.queue, kind)
+    left = max(0, books.quota.available(job.queue, kind))
+    of_kind = "" if kind == "*" else f" {kind}"
+    return Reason(
+        reasons.WAITING_FOR_QUOTA,
+        f"needs {_gpus(units)}; queue {job.queue} owns {gpu_count(owns):g}{of_kind}, uses {gpu_count(used):g} "
+        f"and may take {gpu_count(left):g} more",
+        {
+            "queue": job.queue,
+            "kind": kind,
+            "needed_gpus": gpu_count(units),
+            "nominal_gpus": gpu_count(owns),
+            "used_gpus": gpu_count(used),
+            "available_gpus": gpu_count(left),
+        },
+        "it starts when jobs of the queue, or of queues that borrow, give GPUs back",
+    )
+
+
+def _coming(cycle: Cycle, job: Job) -> Reason | None:
+    """GPUs are on their way back for it."""
+    reservation = cycle.reservations.get(job.id)
+    if reservation is None or reservation.at > cycle.now:
+        return None
+    names = reservation.evicting or tuple(sorted(reservation.counted))
+    listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    what = "is" if len(names) == 1 else "are"
+    how = "evicted for it" if reservation.evicting else "giving GPUs back"
+    return Reason(
+        reasons.WAITING_FOR_VICTIMS,
+        f"{listed} {what} {how}" if not reservation.evicting else f"{listed} {what} being {how}",
+        {"jobs": list(names), "needed_gpus": gpu_count(job.gang.gpu_units)},
+        "it starts as soon as they have ended",
+    )
+
+
+def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
+    if not cycle.holds or job.id in cycle.reservations:
+        return None
+    capacity = cycle.state.capacity
+    mark = capacity.mark()
+    try:
+        for node_id, units in cycle.holds.items():
+            capacity.keep_free(node_id, -units)
+        fits = _fits_somewhere(cycle, job, options)
+    finally:
+        capacity.rollback(mark)
+    if fits is None:
+        return None
+    owner = next(
+        (each for each in cycle.reservations.values() if any(node in each.need for node in fits)), None
+    )
+    if owner is None:
+        return None
+    at = None if owner.at == inf else owner.at
+    when = "at a time that nobody knows" if at is None else f"in {max(0.0, owner.at - cycle.now):.0f} s at the latest"
+    bound = ", ".join(sorted(cycle.bounds))
+    advice = "a time limit that ends before then lets it start now" if at is not None else (
+        "it would start now if the jobs that run had time limits, and it too"
+    )
+    return Reason(
+        reasons.RESERVED,
+        f"free GPUs are kept for {owner.job_id}, which comes first and is due {when}",
+        {"for": owner.job_id, "at": at, **({"bound": bound} if bound else {})},
+        advice,
+    )
+
+
+def _fits_somewhere(cycle: Cycle, job: Job, options: Sequence[Option]) -> set[str] | None:
+    for option in options:
+        gang = cycle.within_quota(job, option)
+        places = None if gang is None else cycle.place(gang, option)
+        if places is not None:
+            return {each.node_id for each in places}
+    return None
+
+
+def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
+    classes = _classes(options)
+    gang = job.gang.sized(job.gang.minimum)
+    free = sum(each.free_units for each in classes)
+    if free < gang.gpu_units or any(id(each) in cycle.closed for each in classes):
+        return None
+    most = _most_free(cycle, classes)
+    bare = replace(gang, bundle=Bundle(gang.bundle.gpu_units))
+    if place(bare, cycle.state.capacity, classes) is not None:
+        return _no_host_resources(cycle, gang, classes)
+    return Reason(
+        reasons.FRAGMENTED,
+        f"{_gpus(free)} are free, but not as {gang}: the most on one node are {gpu_count(most):g}",
+        _evidence(gang, free, most),
+        "smaller bundles (more nodes with fewer GPUs each) could start sooner",
+    )
+
+
+def _no_host_resources(cycle: Cycle, gang: Gang, classes: Sequence[NodeClass]) -> Reason:
+    nodes = [
+        node for node in cycle.state.nodes.values() if cycle.state.capacity.class_of(node.id) in classes
+    ]
+    cpus = max((node.cpu_free_milli - node.foreign_cpu_milli for node in nodes), default=0) / 1000
+    memory = max((node.memory_free_bytes - node.foreign_memory_bytes for node in nodes), default=0) / 2**30
+    free = sum(each.free_units for each in classes)
+    return Reason(
+        reasons.WAITING_FOR_CAPACITY,
+        f"{_gpus(gang.gpu_units)} are free for it, but not its CPUs and memory beside them: "
+        f"the most on one node are {cpus:g} CPUs and {memory:.1f} GiB",
+        {
+            **_evidence(gang, free, _most_free(cycle, classes)),
+            "cpus_on_one_node": cpus,
+            "memory_gib_on_one_node": round(memory, 1),
+        },
+        "a lower cpus_per_gpu or memory_per_gpu could start sooner",
+    )
+
+
+def _behind(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
+    classes = {id(each) for each in _classes(options)}
+    ahead = next((cycle.closed[each] for each in classes if each in cycle.closed), None)
+    if ahead is None:
+        first = cycle.first_blocked
+        held = None if first is None else cycle.reservations.get(first.id)
+        if first is not None and (held is None or held.classes & classes):
+            ahead = first
+    if ahead is None or ahead.id == job.id or job.id in cycle.reservations:
+        return None
+    return Reason(
+        reasons.PRIORITY,
+        f"waits behind {ahead.id}, which needs {ahead.gang} and comes first",
+        {"behind": ahead.id, "needs": str(ahead.gang)},
+        "a job with a higher priority is looked at earlier",
+    )
+
+
+def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
+    classes = _classes(options)
+    free = sum(each.free_units for each in classes)
+    gang = job.gang.sized(job.gang.minimum)
+    evidence: dict[str, Any] = _evidence(gang, free, _most_free(cycle, classes))
+    reservation = cycle.reservations.get(job.id)
+    advice = "it starts as soon as running jobs release enough"
+    if reservation is not None and reservation.at != inf:
+        evidence["at"] = reservation.at
+        advice = f"it starts in {max(0.0, reservation.at - cycle.now):.0f} s at the latest, by the time limits of others"
+    return Reason(
+        reasons.WAITING_FOR_CAPACITY,
+        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} are free",
+        evidence,
+        advice,
+    )
+
+
+def _classes(options: Sequence[Option]) -> list[NodeClass]:
+    return [each for option in options for each in option.classes]
+
+
+def _most_free(cycle: Cycle, classes: Sequence[NodeClass]) -> int:
+    """Units free on the node that has most."""
+    capacity, most = cycle.state.capacity, 0
+    for each in classes:
+        for bucket in reversed(each.whole):
+            if bucket:
+                most = max(most, usable(capacity.node_numbered(bucket[0])).total_free)
+                break
+    return most
+
+
+def _evidence(gang: Gang, free: int, most: int) -> dict[str, Any]:
+    return {
+        "needed_gpus": gpu_count(gang.gpu_units),
+        "free_gpus": gpu_count(free),
+        "free_on_one_node": gpu_count(most),
+    }
+
+
+def _gpus(units: int) -> str:
+    count = gpu_count(units)
+    return "1 GPU" if count == 1 else f"{count:g} GPUs"
+
+

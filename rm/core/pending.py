@@ -1,0 +1,183 @@
+"""Jobs that could start now if there were room, grouped by what the scheduler cannot tell apart.
+
+Jobs of one queue, priority, owner and shape form a *group*, in the order of submission: if the first does not
+fit, none does. So the work of a cycle grows with the number of groups, not of jobs. Jobs that must not start yet
+(held, waiting for others, in a pause) are kept apart until an event or the clock lets them in.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from rm.core.model import Gang, Job
+from rm.core.policy import Policy
+
+ONE_NAME = 100
+"""The distance between two priority names (low, normal, high)."""
+
+
+class Shape:
+    """A gang that some pending job wants. `bit` marks it in masks."""
+
+    __slots__ = ("bit", "gang", "jobs", "number")
+
+    def __init__(self, gang: Gang, number: int) -> None:
+        self.gang = gang
+        self.number = number
+        self.bit = 1 << number
+        self.jobs = 0
+
+
+class Group:
+    """Interchangeable jobs. `jobs`: (seq, id) in order."""
+
+    __slots__ = ("jobs", "owner", "priority", "queue", "shape")
+
+    def __init__(self, queue: str, priority: int, owner: str, shape: Shape) -> None:
+        self.queue = queue
+        self.priority = priority
+        self.owner = owner
+        self.shape = shape
+        self.jobs: list[tuple[int, str]] = []
+
+
+Key = tuple[str, int, str, int]
+
+
+class Pending:
+    """Every queued job: in a group, or aside."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._home: dict[str, Group | None] = {}
+        """Job id → its group, or None while it stands aside."""
+        self.groups: dict[str, dict[Key, Group]] = {}
+        """Queue → its groups."""
+        self.masks: dict[str, int] = {}
+        """Queue → the bits of the shapes that it waits for."""
+        self._counts: dict[str, dict[int, int]] = {}
+        self.shapes: dict[Gang, Shape] = {}
+        self._free_numbers: list[int] = []
+        self._clock: list[tuple[float, str]] = []
+        """Moments at which time alone changes where a job stands: the end of a pause, or its age."""
+        self.jobs_by_id: dict[str, Job] = {}
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __contains__(self, job_id: object) -> bool:
+        return job_id in self._home
+
+    def ids(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def group_of(self, job_id: str) -> Group | None:
+        return self._home.get(job_id)
+
+    def aside(self) -> list[str]:
+        """The jobs that must not start yet."""
+        return [job_id for job_id, group in self._home.items() if group is None]
+
+    def add(self, job: Job, now: float) -> None:
+        """Take in a queued job, or one whose record has changed."""
+        if job.id in self._home:
+            self.remove(job)
+        self.jobs_by_id[job.id] = job
+        self._home[job.id] = None
+        if job.held or job.after:
+            return
+        if job.eligible_at > now:
+            heapq.heappush(self._clock, (job.eligible_at, job.id))
+            return
+        old_at = job.submitted_at + self._policy.max_age_s
+        priority = job.priority
+        if now >= old_at:
+            priority += ONE_NAME
+        else:
+            heapq.heappush(self._clock, (old_at, job.id))
+        self._join(job, priority)
+
+    def remove(self, job: Job) -> None:
+        """The job is queued no longer. KeyError where it was not."""
+        group = self._home.pop(job.id)
+        self.jobs_by_id.pop(job.id, None)
+        if group is None:
+            return
+        entry = (job.seq, job.id)
+        del group.jobs[bisect_left(group.jobs, entry)]
+        shape = group.shape
+        shape.jobs -= 1
+        if not group.jobs:
+            groups = self.groups[group.queue]
+            del groups[_key(group)]
+            if not groups:
+                del self.groups[group.queue]
+            counts = self._counts[group.queue]
+            counts[shape.number] -= 1
+            if not counts[shape.number]:
+                del counts[shape.number]
+                self.masks[group.queue] &= ~shape.bit
+                if not self.masks[group.queue]:
+                    del self.masks[group.queue]
+        if not shape.jobs:
+            del self.shapes[shape.gang]
+            self._free_numbers.append(shape.number)
+
+    def renew(self, job: Job) -> None:
+        """Another record of a job that stays where it is."""
+        if job.id in self.jobs_by_id:
+            self.jobs_by_id[job.id] = job
+
+    def advance(self, now: float) -> None:
+        """Let in whom the clock lets in, and lift whom it lifts. Called before each cycle."""
+        while self._clock and self._clock[0][0] <= now:
+            _, job_id = heapq.heappop(self._clock)
+            job = self.jobs_by_id.get(job_id)
+            if job is not None:
+                self.add(job, now)
+
+    def next_moment(self) -> float | None:
+        """When `advance` will next have something to do."""
+        while self._clock and self._clock[0][1] not in self._home:
+            heapq.heappop(self._clock)
+        return self._clock[0][0] if self._clock else None
+
+    def check(self) -> None:
+        """Masks, counts and homes, worked out again from the groups. AssertionError where they differ."""
+        seen: set[str] = set()
+        for queue, groups in self.groups.items():
+            mask = 0
+            for key, group in groups.items():
+                assert key == _key(group), f"group {key} is filed wrongly"
+                assert group.jobs, f"group {key} is empty"
+                assert group.jobs == sorted(group.jobs), f"group {key} is out of order"
+                mask |= group.shape.bit
+                for _, job_id in group.jobs:
+                    assert self._home[job_id] is group, f"{job_id} is not at home"
+                    seen.add(job_id)
+            assert self.masks[queue] == mask, f"mask of {queue}"
+        assert seen == {job_id for job_id, group in self._home.items() if group is not None}, "homes"
+        assert self._home.keys() == self.jobs_by_id.keys(), "records"
+
+    def _join(self, job: Job, priority: int) -> None:
+        shape = self.shapes.get(job.gang)
+        if shape is None:
+            number = self._free_numbers.pop() if self._free_numbers else len(self.shapes)
+            shape = self.shapes[job.gang] = Shape(job.gang, number)
+        groups = self.groups.setdefault(job.queue, {})
+        key = (job.queue, priority, job.owner, shape.number)
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = Group(job.queue, priority, job.owner, shape)
+            counts = self._counts.setdefault(job.queue, {})
+            counts[shape.number] = counts.get(shape.number, 0) + 1
+            self.masks[job.queue] = self.masks.get(job.queue, 0) | shape.bit
+        insort(group.jobs, (job.seq, job.id))
+        shape.jobs += 1
+        self._home[job.id] = group
+
+
+def _key(group: Group) -> Key:
+    return group.queue, group.priority, group.owner, group.shape.number

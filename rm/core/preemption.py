@@ -1,0 +1,216 @@
+"""Who has to go so that somebody with a better right can start.
+
+Two rights. *Inside a queue* a higher priority may evict a lower one, where the queue says `preempt: lower`.
+*Between queues* a job that fits its queue's nominal quota may take back what other queues borrow (`reclaim`).
+Never evicted: a job that is not preemptible, one that has not run for its `min_runtime`, one whose queue does not
+borrow (for reclaim). So a victim can never take the place back: it has a lower priority, or no quota to claim.
+
+Order of victims: jobs of borrowing queues first, then the lowest priority, then the least loss (GPUs × seconds
+since the last checkpoint). They are added until the gang fits; then, from the last to the first, each one that is
+not needed is spared. An elastic gang is first taken back to its minimum, before anybody is evicted.
+
+Sources: Kueue, `pkg/scheduler/preemption`; scheduling.md of this project's design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rm.core.backfill import Reservation, class_ids, needs
+from rm.core.capacity import NodeClass
+from rm.core.model import Attempt, Job, Phase, StopCause
+from rm.core.policy import Preempt, Reclaim
+from rm.core.relief import Relief
+from rm.core.state import ClusterState
+
+MOST_CANDIDATES = 5_000
+"""Attempts considered for one preemptor; beyond that only the cheapest are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """Whom to stop for `reservation.job_id`, and the places that this gives."""
+
+    reservation: Reservation
+    victims: tuple[tuple[str, StopCause], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One way to get GPUs back: an elastic gang's bundles above its minimum (`shrink`), or all that is left."""
+
+    job: Job
+    part: Attempt
+    """The live attempt with only the bundles that this way gives back."""
+    borrowing: bool
+    shrink: bool
+
+    @property
+    def units(self) -> int:
+        return len(self.part.placed) * self.job.gang.bundle.gpu_units
+
+    def rank(self, now: float) -> tuple[int, int, int, float, int]:
+        return (not self.shrink, not self.borrowing, self.job.priority, loss(self.job, now), -self.job.seq)
+
+
+def loss(job: Job, now: float) -> float:
+    """GPU-seconds that stopping the job now throws away."""
+    attempt = job.attempt
+    if attempt is None or attempt.started_at is None:
+        return 0.0
+    since = max(attempt.started_at, attempt.checkpoint_at or attempt.started_at)
+    return max(0.0, now - since) * job.held_units / 10_000
+
+
+def in_transit(
+    job: Job, state: ClusterState, classes: Sequence[NodeClass], owed: Mapping[str, int], now: float
+) -> Reservation | None:
+    """The reservation of what is on its way back already, where that is enough for `job`."""
+    if not state.books.ending:
+        return None
+    relief = Relief(job.gang, state.capacity, classes, owed)
+    met = [each for each in _ending(state) if relief.give(each.gang.bundle, _attempt(each))]
+    places = relief.places() if met else None
+    if places is None:
+        return None
+    evicted = tuple(each.id for each in met if _attempt(each).stop_by == job.id)
+    counted = frozenset(each.id for each in met)
+    return Reservation(job.id, now, needs(job, places), class_ids(classes), counted, evicted)
+
+
+def evict(
+    job: Job,
+    kind: str,
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+    owed: Mapping[str, int],
+    now: float,
+    spared: frozenset[str],
+    wake: Callable[[float], None],
+) -> Eviction | None:
+    """The victims whose GPUs and quota let `job` start, or None where no set of victims would.
+
+    `spared`: attempts that this cycle has started or stopped. `wake(at)` is told when somebody who is protected by
+    `min_runtime` now could be evicted.
+    """
+    quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+    relief = Relief(job.gang, state.capacity, classes, owed)
+    for each in _ending(state):
+        relief.give(each.gang.bundle, _attempt(each))
+    charged: list[tuple[str, str, int]] = []
+
+    def charge(candidate: _Candidate, sign: int) -> None:
+        entry = candidate.job.queue, state.books.kind(candidate.part), sign * candidate.units
+        quota.add(*entry)
+        charged.append(entry)
+
+    def enough() -> bool:
+        return quota.available(job.queue, kind) >= units and relief.places() is not None
+
+    chosen: list[_Candidate] = []
+    try:
+        candidates = sorted(_candidates(job, state, kind, now, spared, wake), key=lambda each: each.rank(now))
+        for other in _ending(state):
+            if other.queue in state.policy.queues:
+                entry = other.queue, state.books.kind(_attempt(other)), -other.held_units
+                quota.add(*entry)
+                charged.append(entry)
+        if enough():
+            candidates = []  # what is on its way back will do
+        elif not candidates:
+            return None
+        for each in candidates[:MOST_CANDIDATES]:
+            its_kind = state.books.kind(each.part)
+            if each.borrowing and not quota.borrows(each.job.queue, its_kind):
+                continue  # the victims before it have brought its queue back to what it owns
+            useful = relief.give(each.job.gang.bundle, each.part)
+            if not useful and (its_kind != kind or quota.available(job.queue, kind) >= units):
+                continue
+            charge(each, -1)
+            chosen.append(each)
+            if enough():
+                break
+        else:
+            if candidates:
+                return None
+        for each in list(reversed(chosen))[1:]:
+            relief.take(each.job.gang.bundle, each.part)
+            charge(each, +1)
+            if enough():
+                chosen.remove(each)
+            else:
+                relief.give(each.job.gang.bundle, each.part)
+                charge(each, -1)
+        places = relief.places()
+    finally:
+        for queue, of_kind, change in reversed(charged):
+            quota.add(queue, of_kind, -change)
+    assert places is not None
+    causes: dict[str, StopCause] = {}
+    for each in chosen:
+        if each.shrink:
+            causes.setdefault(each.job.id, StopCause.RESIZED)
+        else:
+            causes[each.job.id] = StopCause.PREEMPTED
+    counted = frozenset(causes) | frozenset(state.books.ending)
+    need = needs(job, places)
+    reservation = Reservation(job.id, now, need, class_ids(classes), counted, tuple(causes))
+    return Eviction(reservation, tuple(causes.items()))
+
+
+def _candidates(
+    job: Job,
+    state: ClusterState,
+    kind: str,
+    now: float,
+    spared: frozenset[str],
+    wake: Callable[[float], None],
+) -> Iterator[_Candidate]:
+    queue = state.policy.queues[job.queue]
+    quota = state.books.quota
+    units = job.gang.minimum * job.gang.bundle.gpu_units
+    inside = queue.preempt is Preempt.LOWER
+    across = queue.reclaim is not Reclaim.NEVER and quota.limited and quota.fits_nominal(job.queue, kind, units)
+    for other_id in state.books.charged_jobs():
+        other = state.jobs[other_id]
+        attempt = other.attempt
+        if attempt is None or not other.preemptible or other_id in spared or other_id in state.books.ending:
+            continue
+        if attempt.phase is Phase.RELEASING:
+            continue
+        same = other.queue == job.queue
+        borrowing = across and not same and quota.borrows(other.queue, state.books.kind(attempt))
+        if same:
+            allowed = inside and other.priority < job.priority
+        else:
+            allowed = borrowing and (queue.reclaim is Reclaim.ANY or other.priority < job.priority)
+        least = other.gang.minimum
+        shrinks = least < len(attempt.placed) and (allowed or (same and other.priority <= job.priority))
+        if not allowed and not shrinks:
+            continue
+        protected_until = _protected_until(other, attempt, state)
+        if protected_until > now:
+            wake(protected_until)
+            continue
+        if shrinks:
+            yield _Candidate(other, replace(attempt, placed=attempt.placed[least:]), borrowing, True)
+            attempt = replace(attempt, placed=attempt.placed[:least])
+        if allowed:
+            yield _Candidate(other, attempt, borrowing, False)
+
+
+def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
+    spare_s = max(job.min_runtime_s, state.policy.min_runtime_s)
+    if not spare_s:
+        return 0.0
+    return (attempt.started_at if attempt.started_at is not None else attempt.admitted_at) + spare_s
+
+
+def _ending(state: ClusterState) -> list[Job]:
+    return [state.jobs[job_id] for job_id in state.books.ending]
+
+
+def _attempt(job: Job) -> Attempt:
+    assert job.attempt is not None
+    return job.attempt

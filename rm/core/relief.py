@@ -1,0 +1,137 @@
+"""What if these GPUs came back: would the gang fit then, and where?
+
+Backfill asks it of running jobs in the order of their ends, preemption of victims in the order of their loss. The
+question is put thousands of times, so a cheap bound is kept up to date with every change and only when that is
+met is the real placement tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from rm.core.capacity import Capacity, NodeClass, copies_in
+from rm.core.model import Attempt, Gang, PlacedBundle, Strategy
+from rm.core.placement import place
+from rm.core.resources import GPU_UNIT, Bundle, Devices
+
+
+class _Site:
+    """One node with what came back there so far. `owed`: units of it that somebody else is waiting for."""
+
+    __slots__ = ("copies", "cpu_milli", "devices", "memory_bytes", "owed")
+
+    def __init__(self, devices: Devices, cpu_milli: int, memory_bytes: int, owed: int) -> None:
+        self.devices = devices
+        self.cpu_milli = cpu_milli
+        self.memory_bytes = memory_bytes
+        self.owed = owed
+        self.copies = 0
+
+    def count(self, bundle: Bundle) -> int:
+        free = self.devices.without_foreign(self.owed) if self.owed else self.devices
+        return copies_in(bundle, free, self.cpu_milli, self.memory_bytes)
+
+
+class Relief:
+    """The gang's prospects on `classes` while GPUs come back one attempt at a time."""
+
+    def __init__(
+        self, gang: Gang, capacity: Capacity, classes: Sequence[NodeClass], owed: Mapping[str, int]
+    ) -> None:
+        self._gang = gang.sized(gang.minimum)
+        self._capacity = capacity
+        self._classes = classes
+        self._keys = {id(each) for each in classes}
+        self._owed = owed
+        self._sites: dict[str, _Site] = {}
+        gpus = max(1, gang.bundle.gpu_units // GPU_UNIT)
+        self._total = sum(each.copies(gpus) for each in classes)
+        self._nodes = sum(len(nodes) for each in classes for nodes in each.whole[gpus:])
+        self._best = max((f // gpus for c in classes for f, nodes in enumerate(c.whole) if nodes), default=0)
+
+    def give(self, bundle: Bundle, attempt: Attempt) -> bool:
+        """The attempt's bundles come back. True where any of it is on nodes that count here."""
+        return self._move(bundle, attempt.placed, +1)
+
+    def take(self, bundle: Bundle, attempt: Attempt) -> None:
+        """The inverse of `give`."""
+        self._move(bundle, attempt.placed, -1)
+
+    def places(self) -> tuple[PlacedBundle, ...] | None:
+        """Where the gang's minimum fits now, or None."""
+        return self._real() if self._may_fit() else None
+
+    def free_on(self, node_id: str) -> Devices | None:
+        """What is free on a node with all that came back, what others wait for included."""
+        site = self._sites.get(node_id)
+        return site.devices if site else None
+
+    def _move(self, bundle: Bundle, placed: Sequence[PlacedBundle], sign: int) -> bool:
+        met = False
+        for each in placed:
+            site = self._site(each.node_id)
+            if site is None:
+                continue
+            met = True
+            before = site.copies
+            site.devices = (site.devices.give if sign > 0 else site.devices.take_slots)(
+                each.slots, bundle.gpu_units
+            )
+            site.cpu_milli += sign * bundle.cpu_milli
+            site.memory_bytes += sign * bundle.memory_bytes
+            site.copies = site.count(self._gang.bundle)
+            self._total += site.copies - before
+            self._nodes += bool(site.copies) - bool(before)
+            self._best = max(self._best, site.copies)
+        return met
+
+    def _site(self, node_id: str) -> _Site | None:
+        site = self._sites.get(node_id)
+        if site is None:
+            if node_id not in self._capacity or id(self._capacity.class_of(node_id)) not in self._keys:
+                return None
+            node = self._capacity[node_id]
+            site = _Site(
+                node.devices,
+                node.cpu_free_milli - node.foreign_cpu_milli,
+                node.memory_free_bytes - node.foreign_memory_bytes,
+                # What strangers hold, and what is kept free for others, is in foreign_units during a trial.
+                node.foreign_units + self._owed.get(node_id, 0),
+            )
+            site.copies = site.count(self._gang.bundle)
+            indexed = self._capacity.copies_on(node, self._gang.bundle)
+            self._total += site.copies - indexed
+            self._nodes += bool(site.copies) - bool(indexed)
+            self._sites[node_id] = site
+        return site
+
+    def _may_fit(self) -> bool:
+        """A bound: never says no where the gang fits."""
+        count = self._gang.count
+        if self._gang.bundle.gpu_units < GPU_UNIT:
+            return True
+        if self._gang.strategy is Strategy.STRICT_PACK:
+            return self._best >= count
+        if self._gang.strategy is Strategy.STRICT_SPREAD:
+            return self._nodes >= count
+        return self._total >= count
+
+    def _real(self) -> tuple[PlacedBundle, ...] | None:
+        capacity = self._capacity
+        mark = capacity.mark()
+        try:
+            for node_id, site in self._sites.items():
+                node = capacity[node_id]
+                capacity.replace(
+                    replace(
+                        node,
+                        devices=site.devices,
+                        cpu_free_milli=site.cpu_milli + node.foreign_cpu_milli,
+                        memory_free_bytes=site.memory_bytes + node.foreign_memory_bytes,
+                        foreign_units=site.owed,
+                    )
+                )
+            return place(self._gang, capacity, self._classes)
+        finally:
+            capacity.rollback(mark)
