@@ -8,7 +8,7 @@ there during the makespan, so restarts and repeated work count as held; `gpu_sec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
@@ -89,35 +89,34 @@ def quantile(ascending: Sequence[float], share: float) -> float:
     return ascending[below] + (ascending[above] - ascending[below]) * (place - below)
 
 
-def figures_table(rows: Sequence[Figures]) -> Table:
-    """One line per policy; times in whole seconds."""
+def figures_table(columns: Sequence[Figures]) -> Table:
+    """One column per policy, so that figures to compare stand side by side."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("POLICY", no_wrap=True)
-    titles = [title for title, _ in _cells(rows[0])] if rows else []
-    for title in titles:
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(row.policy, *(text for _, text in _cells(row)))
+    table.add_column("", no_wrap=True)
+    for each in columns:
+        table.add_column(each.policy, justify="right", no_wrap=True)
+    for title, form, value in LINES:
+        table.add_row(title, *(form.format(value(each)) for each in columns))
     return table
 
 
-def _cells(row: Figures) -> list[tuple[str, str]]:
-    return [
-        ("JCT MEAN", f"{row.mean_jct_s:,.0f}"),
-        ("MEDIAN", f"{row.median_jct_s:,.0f}"),
-        ("P95", f"{row.p95_jct_s:,.0f}"),
-        ("P99", f"{row.p99_jct_s:,.0f}"),
-        ("QUEUE MEAN", f"{row.mean_queue_s:,.0f}"),
-        ("MEDIAN", f"{row.median_queue_s:,.0f}"),
-        ("P95", f"{row.p95_queue_s:,.0f}"),
-        ("P99", f"{row.p99_queue_s:,.0f}"),
-        ("MAX", f"{row.max_queue_s:,.0f}"),
-        ("MAKESPAN", f"{row.makespan_s:,.0f}"),
-        ("USED", f"{row.utilisation:.1%}"),
-        ("FTR MEAN", f"{row.mean_ftr:.2f}"),
-        ("WORST", f"{row.worst_ftr:,.1f}"),
-        ("JAIN", f"{row.jain:.3f}"),
-        ("PREEMPTED", f"{row.preemptions:,}"),
-        ("GPU-S LOST", f"{row.gpu_seconds_lost:,.0f}"),
-        ("NODE-H", f"{row.node_hours:,.0f}"),
-    ]
+LINES: tuple[tuple[str, str, Callable[[Figures], float]], ...] = (
+    ("completion time, mean s", "{:,.0f}", lambda each: each.mean_jct_s),
+    ("  median", "{:,.0f}", lambda each: each.median_jct_s),
+    ("  P95", "{:,.0f}", lambda each: each.p95_jct_s),
+    ("  P99", "{:,.0f}", lambda each: each.p99_jct_s),
+    ("queueing delay, mean s", "{:,.0f}", lambda each: each.mean_queue_s),
+    ("  median", "{:,.0f}", lambda each: each.median_queue_s),
+    ("  P95", "{:,.0f}", lambda each: each.p95_queue_s),
+    ("  P99", "{:,.0f}", lambda each: each.p99_queue_s),
+    ("  longest", "{:,.0f}", lambda each: each.max_queue_s),
+    ("makespan, s", "{:,.0f}", lambda each: each.makespan_s),
+    ("utilisation", "{:.1%}", lambda each: each.utilisation),
+    ("finish-time ratio, mean", "{:,.2f}", lambda each: each.mean_ftr),
+    ("  worst", "{:,.1f}", lambda each: each.worst_ftr),
+    ("Jain's index", "{:.3f}", lambda each: each.jain),
+    ("preemptions", "{:,}", lambda each: each.preemptions),
+    ("GPU-seconds lost", "{:,.0f}", lambda each: each.gpu_seconds_lost),
+    ("node-hours bought", "{:,.1f}", lambda each: each.node_hours),
+)
+"""Title, format and value of each line."""
