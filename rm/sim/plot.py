@@ -18,18 +18,27 @@ MOST_QUEUES = 8
 """Queues with a colour of their own; the others are one."""
 
 
-def require_matplotlib(path: Path) -> Any:
-    """Its object interface, which needs no display. Raises InvalidSpec where it isn't installed."""
+def check_plot(path: Path) -> Any:
+    """Whether a picture could be written there, asked before the work is done. Raises InvalidSpec.
+
+    Returns matplotlib's object interface, which needs no display.
+    """
     try:
+        from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
     except ImportError:
         raise InvalidSpec(f"plot: {path} needs matplotlib: pip install 'ray-rm[sim]'", field="plot") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InvalidSpec(f"plot: {path}: its name must end in .{', .'.join(sorted(kinds))}", field="plot")
+    if not path.parent.is_dir():
+        raise InvalidSpec(f"plot: there is no directory {path.parent}", field="plot")
     return Figure
 
 
 def plot_replays(path: Path, replays: Sequence[Replay]) -> None:
     """Write the picture: PNG, or what the name's ending says. Raises InvalidSpec where it can't be written."""
-    figure_class = require_matplotlib(path)
+    figure_class = check_plot(path)
     figure = figure_class(figsize=(11, 4 + 2.2 * len(replays)), layout="constrained")
     axes = figure.subplots(2 + len(replays), 1, sharex=True)
     used, waiting = axes[0], axes[1]
