@@ -5,7 +5,7 @@
 DIR holds helios_venus_2vc.csv.gz (Hu et al., SC '21, CC-BY-4.0) and philly_oct14d.csv.gz (Jeon et al., USENIX
 ATC '19, CC-BY-4.0), in the columns of `rm.sim.trace`. The references are mean completion time and mean queueing
 delay in seconds from the simulators of Helios (SC '21) and Lucid (ASPLOS '23). Exit code 1 if one deviates by
-more than --limit percent, or by more than a second where that is more.
+more than --limit percent, or by more than a second where that is more; 2 if a trace can't be read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rm.errors import RmError
 from rm.sim.cluster import parse_nodes
 from rm.sim.policies import policy_named
 from rm.sim.trace import read_trace
@@ -90,4 +91,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -50,11 +50,12 @@ def simulate(
 ) -> int:
     """Replay a trace under one or more policies and compare what they make of it.
 
-    Times are seconds. QUEUE is time without GPUs; FTR is the time to the end over that under an equal share.
+    Queueing delay is the time that a job is there without GPUs. The finish-time ratio is its completion time
+    over the one that an equal share of the GPUs would have given it: above 1 it came off worse.
     """
     from rm.sim.cluster import parse_nodes
     from rm.sim.fairness import equal_share_jct_s
-    from rm.sim.plot import plot_replays, require_matplotlib
+    from rm.sim.plot import check_plot, plot_replays
     from rm.sim.policies import policy_named
     from rm.sim.report import figures_of, figures_table
     from rm.sim.trace import read_trace
@@ -62,7 +63,7 @@ def simulate(
     policies = [policy_named(name) for name in dict.fromkeys(policy or DEFAULT_POLICIES)]
     cluster = parse_nodes(nodes, gpus_per_node)
     if plot is not None:
-        require_matplotlib(plot)
+        check_plot(plot)
     jobs = read_trace(trace)
     equal_share = equal_share_jct_s(jobs, cluster)
     figures, replays = [], []
@@ -72,13 +73,13 @@ def simulate(
         figures.append(figures_of(replay, equal_share))
         if plot is not None:
             replays.append(replay)
-    if plot is not None:
-        plot_replays(plot, replays)
     if as_json:
         show_json([row.to_dict() for row in figures])
-        return 0
-    show(figures_table(figures))
-    note(f"{len(jobs)} jobs on {cluster.gpus} GPUs; times in seconds")
+    else:
+        show(figures_table(figures))
+        note(f"{len(jobs)} jobs on {cluster.gpus} GPUs")
+    if plot is not None:
+        plot_replays(plot, replays)
     return 0
 
 

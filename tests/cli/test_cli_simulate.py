@@ -68,12 +68,15 @@ def test_queues_with_nodes_of_their_own(rmctl: Any, trace: Path) -> None:
     (["--nodes", "a=4"], "queue 'b' of job j1 has no nodes"),
     (["--nodes", "many"], "nodes: 'many' is no count of nodes"),
     (["--nodes", "2", "-p", "best"], "policy: 'best' is not known; there are fifo, sjf,"),
-    (["--nodes", "2", "--plot", "picture.nonsense"], "plot: "),
+    (["--nodes", "2", "--plot", "p.nonsense"], "its name must end in ."),
+    (["--nodes", "2", "--plot", "none/p.png"], "there is no directory none"),
 ])  # fmt: skip
 def test_what_can_not_be_meant(
     rmctl: Any, trace: Path, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trace.parent)
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
     ran = rmctl("simulate", str(trace), *words)
     assert (ran.code, ran.out) == (2, "")
     assert says in ran.err

@@ -117,6 +117,7 @@ def test_fractions_are_rounded_up_and_progress_is_told(policy: str) -> None:
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_free_gpus_add_up_and_nodes_are_not_oversubscribed(sizes: list[int], rng: random.Random) -> None:
     nodes, held = ConsolidatedNodes(Pool("", 4, 8)), []
     for gpus in sizes:

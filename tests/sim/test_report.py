@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.sim.cluster import parse_nodes
@@ -85,6 +85,7 @@ def test_tenants_are_queues_or_else_users() -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 50), st.floats(0, 100), st.sampled_from([0.5, 1, 2, 8, 16])), min_size=1)
 )
+@settings(deadline=None)
 def test_an_equal_share_wastes_nothing_and_is_no_faster_than_alone(
     rows: list[tuple[float, float, float]],
 ) -> None:
@@ -99,6 +100,7 @@ def test_an_equal_share_wastes_nothing_and_is_no_faster_than_alone(
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 1))
+@settings(deadline=None)
 def test_quantiles_are_numpys(values: list[float], share: float) -> None:
     numpy = pytest.importorskip("numpy")
     assert quantile(sorted(values), share) == pytest.approx(float(numpy.quantile(values, share)), abs=1e-6)

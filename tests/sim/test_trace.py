@@ -6,7 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.errors import InvalidSpec
@@ -30,6 +30,7 @@ JOBS = st.lists(
 
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 @given(jobs=JOBS)
+@settings(deadline=None)
 def test_what_was_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, name: str, jobs: list[TraceJob]
 ) -> None:
