@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rm.cli import cluster, looking, submitting
+from rm.cli import cluster, looking, simulate, submitting
 
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
@@ -66,4 +66,6 @@ app.command("events", rich_help_panel="Cluster")(looking.events)
 app.command("start", rich_help_panel="Cluster")(cluster.start)
 app.command("stop", rich_help_panel="Cluster")(cluster.stop)
 app.command("demo", rich_help_panel="Cluster")(cluster.demo)
+app.command("simulate", rich_help_panel="Planning")(simulate.simulate)
+app.add_typer(simulate.traces, name="trace", rich_help_panel="Planning")
 app.command("version", rich_help_panel="Cluster")(cluster.version)
