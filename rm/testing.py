@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from rm.core.backfill import still_good
 from rm.core.cycle import Notes, schedule
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
@@ -120,8 +121,10 @@ class FakeCluster:
         effects: list[Effect] = []
         for event in events:
             effects += self._apply(event)
-        for decision in schedule(self.state, self.now).events:
+        decisions = schedule(self.state, self.now).events
+        for decision in decisions:
             effects += self._apply(decision)
+        self._check_dates(any(isinstance(each, JobAdmitted) for each in decisions))
         again = schedule(self.state, self.now).events
         if again:
             raise InternalError(f"a second cycle at the same moment plans {again}")
@@ -240,14 +243,20 @@ class FakeCluster:
         short = {node_id: units for node_id, units in charged.items() if units < 0}
         if short:
             raise InternalError(f"held in the world and not charged: {short}")
-        self._check_dates()
+    def _check_dates(self, admitted: bool) -> None:
+        """No backfill moves a promised date.
 
-    def _check_dates(self) -> None:
-        """No backfill moves a promised date: as long as a job keeps its reservation, it comes no later."""
+        What a cycle let pass a reservation leaves that reservation good; and without an admission (somebody with a
+        better right may come and take) a date that lies ahead comes no later.
+        """
         notes = self.state.plans.get("cycle")
-        reservations = notes.reservations if isinstance(notes, Notes) else {}
-        dates = {each.job_id: each.at for each in reservations.values()}
-        for job_id, at in dates.items():
-            if at > self.dates.get(job_id, at):
-                raise InternalError(f"{job_id} was promised {self.dates[job_id]} and now gets {at}")
-        self.dates = dates
+        found = notes.reservations if isinstance(notes, Notes) else {}
+        ahead = {each.job_id: each for each in found.values() if each.at > self.now and not each.evicting}
+        for job_id, reservation in ahead.items():
+            job = self.state.jobs[job_id]
+            if not still_good(reservation, self.state, job, self.now):
+                raise InternalError(f"{job_id} can't have {reservation.need} at {reservation.at} any more")
+            before = self.dates.get(job_id, reservation.at)
+            if not admitted and reservation.at > before:
+                raise InternalError(f"{job_id} was promised {before} and now gets {reservation.at}")
+        self.dates = {job_id: each.at for job_id, each in ahead.items()}

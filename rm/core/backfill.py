@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 from math import inf
 
 from rm.core.books import START_S
@@ -36,23 +37,28 @@ class Reservation:
     at: float
     need: Mapping[str, int]
     classes: frozenset[int]
-    counted: frozenset[str] = frozenset()
+    counted: frozenset[tuple[str, int]] = frozenset()
     evicting: tuple[str, ...] = ()
 
 
 def reserve(
-    job: Job, state: ClusterState, classes: Sequence[NodeClass], owed: Mapping[str, int], now: float
+    job: Job,
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+    owed: Mapping[str, int],
+    now: float,
+    fresh: Fresh = (),
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
     relief = Relief(job.gang, state.capacity, classes, owed)
-    gone: set[str] = set()
-    for end, other, attempt in _by_end(state, now):
-        gone.add(other.id)
+    gone: set[tuple[str, int]] = set()
+    for end, other, attempt in _by_end(state, now, fresh):
+        gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
             if places is not None:
                 need = needs(job, places)
-                counted = gone & _on(need, state)
+                counted = gone & (_on(need, state) | {(each.id, mine.number) for _, each, mine in fresh})
                 return Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
     return None
 
@@ -70,27 +76,40 @@ def class_ids(classes: Sequence[NodeClass]) -> frozenset[int]:
     return frozenset(id(each) for each in classes)
 
 
-def _on(node_ids: Mapping[str, int], state: ClusterState) -> set[str]:
-    return {job_id for node_id in node_ids for job_id in state.books.charged_on.get(node_id, ())}
+def _on(node_ids: Mapping[str, int], state: ClusterState) -> set[tuple[str, int]]:
+    """The attempts on these nodes."""
+    ids = {job_id for node_id in node_ids for job_id in state.books.charged_on.get(node_id, ())}
+    return {(job_id, state.jobs[job_id].attempts) for job_id in ids}
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
     """Device slots of one node that the running cycle has given away, and when they come back by what is known."""
 
+    attempt: tuple[str, int]
     slots: tuple[int, ...]
     units: int
     end: float
 
 
-def still_good(reservation: Reservation, state: ClusterState, job: Job, now: float) -> bool:
+Fresh = Sequence[tuple[float, Job, Attempt]]
+"""(planned end, job, attempt) of what the running cycle has admitted."""
+
+
+def still_good(
+    reservation: Reservation,
+    state: ClusterState,
+    job: Job,
+    now: float,
+    taken: Mapping[str, Sequence[Taken]] | None = None,
+) -> bool:
     """Whether an earlier cycle's reservation still holds its date: its nodes are there, and T is to come."""
     if reservation.at < now:
         return False
     for node_id, units in reservation.need.items():
         if node_id not in state.capacity:
             return False
-        then = _free_at(node_id, reservation, state, ())
+        then = _free_at(node_id, reservation, state, (taken or {}).get(node_id, ()))
         if then.copies(job.gang.bundle.gpu_units) * job.gang.bundle.gpu_units < units:
             return False
     return True
@@ -105,8 +124,11 @@ def hold(reservation: Reservation, node_id: str, state: ClusterState, taken: Seq
     free_then = _free_at(node_id, reservation, state, taken)
     if need < GPU_UNIT:
         return min(need, max(free_now.free, default=0))
-    spare = free_then.free.count(GPU_UNIT) - need // GPU_UNIT
-    return max(0, free_now.free.count(GPU_UNIT) - max(0, spare)) * GPU_UNIT
+    spare = max(0, free_then.free.count(GPU_UNIT) - need // GPU_UNIT)
+    shared = sum(0 < now < GPU_UNIT == then for now, then in zip(free_now.free, free_then.free, strict=True))
+    if shared > spare:
+        return free_now.total_free  # a share of any device could cost the reservation a whole one
+    return max(0, free_now.free.count(GPU_UNIT) + shared - spare) * GPU_UNIT
 
 
 def end_if_started(job: Job, state: ClusterState, now: float) -> float:
@@ -126,7 +148,7 @@ def _free_at(
     devices = Devices.whole(node.gpu_slots)
     for job_id in state.books.charged_on.get(node_id, ()):
         job = state.jobs[job_id]
-        if job_id in reservation.counted or job_id in state.books.ending:
+        if (job_id, job.attempts) in reservation.counted or job_id in state.books.ending:
             continue
         if state.books.planned_end(job) <= reservation.at < inf:
             continue
@@ -135,18 +157,18 @@ def _free_at(
             if each.node_id == node_id:
                 devices = devices.take_slots(each.slots, job.gang.bundle.gpu_units)
     for mine in taken:
-        if not mine.end <= reservation.at < inf:
+        if mine.attempt not in reservation.counted and not mine.end <= reservation.at < inf:
             devices = devices.take_slots(mine.slots, mine.units)
     # During a trial foreign_units includes what is kept for others.
     return devices.without_foreign(node.foreign_units)
 
 
-def _by_end(state: ClusterState, now: float) -> Iterator[tuple[float, Job, Attempt]]:
+def _by_end(state: ClusterState, now: float, fresh: Fresh) -> Iterator[tuple[float, Job, Attempt]]:
     for job_id in state.books.ending:
         job = state.jobs[job_id]
         assert job.attempt is not None
         yield now, job, job.attempt
-    for end, _, job_id in state.books.ends:
-        job = state.jobs[job_id]
-        assert job.attempt is not None
-        yield max(end, now), job, job.attempt
+    known = ((end, state.jobs[job_id]) for end, _, job_id in state.books.ends)
+    runs = ((end, job, job.attempt) for end, job in known if job.attempt is not None)
+    for end, job, attempt in merge(runs, sorted(fresh, key=lambda each: each[0]), key=lambda each: each[0]):
+        yield max(end, now), job, attempt

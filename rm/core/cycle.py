@@ -29,18 +29,21 @@ from math import inf
 from rm.core.backfill import Reservation, Taken, end_if_started, hold, reserve, still_good
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
-from rm.core.model import Gang, Job, PlacedBundle
+from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import Given, Line, Turn, queue_key
 from rm.core.pending import Group
 from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
 from rm.core.preemption import Eviction, evict, in_transit
+from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
 from rm.core.state import ClusterState
 
 EVICTIONS_PER_CYCLE = 16
 """Searches for victims in one cycle. Whoever is not reached waits for the next event."""
+MOST_PASSES = 8
+"""Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
 BACKFILL_DEPTH = 100
 """Jobs of one group that are asked whether they end before a reservation is due."""
 
@@ -102,7 +105,10 @@ class Cycle:
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
         self._evictors: set[str] | None = None
         self._stopped: set[str] = set()
+        self._evicting: set[str] = set()
+        self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._taken: dict[str, list[Taken]] = {}
+        self._fresh: list[tuple[float, Job, Attempt]] = []
         self._searches = 0
         self._wake: float | None = None
 
@@ -146,14 +152,38 @@ class Cycle:
         queues = [queue for queue in state.pending.groups if self.open(queue)]
         if not len(state.capacity) or not queues:
             return
+        for _ in range(MOST_PASSES):
+            before = len(self.admitted)
+            self._pass(queues)
+            if len(self.admitted) == before or not (self.holds or self.closed):
+                return
+            self._start_over()
+        self.bounds.add("passes")
+
+    def _pass(self, queues: list[str]) -> None:
+        """One walk. An admission can change who comes first, and so for whom GPUs should have been kept."""
         self._fit = self._fitting()
-        if state.policy.order is Order.FAIR:
+        if self.state.policy.order is Order.FAIR:
             self._walk_queues(queues)
-        else:
-            groups = [group for queue in queues for group in state.pending.groups[queue].values()]
-            line = Line(groups, state, self.now, self._given)
-            while not self._finished() and self._serve(line):
-                pass
+            return
+        groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
+        line = Line(groups, self.state, self.now, self._given)
+        while not self._finished() and self._serve(line):
+            pass
+
+    def _start_over(self) -> None:
+        """Forget what was kept, but for those whose victims were told already."""
+        self._lift()
+        for job_id in list(self.reservations):
+            if job_id not in self._evicting:
+                del self.reservations[job_id]
+                queue, kind, units = self._kept_quota.pop(job_id)
+                self._charge(queue, kind, -units)
+        self._put_back()
+        self.closed.clear()
+        self._full.clear()
+        self.first_blocked = None
+        self._fit_in_time = 0
 
     def _walk_queues(self, queues: list[str]) -> None:
         """Fair order: the queue that is first serves one job, then all queues are compared again."""
@@ -241,19 +271,22 @@ class Cycle:
 
     def within_quota(self, job: Job, option: Option) -> Gang | None:
         """The gang cut to what the queue and the owner may still take, or None where the minimum is too much."""
-        state = self.state
         units, least = job.gang.bundle.gpu_units, job.gang.minimum
-        left = state.books.quota.available(job.queue, option.kind)
-        most_per_owner = state.policy.queues[job.queue].max_gpus_per_owner
-        if most_per_owner is not None:
-            held = state.books.held_by(job.queue, job.owner) + self._given.get((job.queue, job.owner), 0)
-            left = min(left, most_per_owner - held)
+        left = min(self.state.books.quota.available(job.queue, option.kind), self.owner_left(job))
         if left >= job.gang.gpu_units:
             return job.gang
         count = left // units
         if count < least:
             return None
         return Gang(job.gang.bundle, count, job.gang.strategy, job.gang.gpu_types, job.gang.labels, least)
+
+    def owner_left(self, job: Job) -> int:
+        """Units that the job's owner may still take in its queue."""
+        most = self.state.policy.queues[job.queue].max_gpus_per_owner
+        if most is None:
+            return UNLIMITED
+        held = self.state.books.held_by(job.queue, job.owner)
+        return most - held - self._given.get((job.queue, job.owner), 0)
 
     def place(self, gang: Gang, option: Option) -> tuple[PlacedBundle, ...] | None:
         classes = option.classes
@@ -271,8 +304,13 @@ class Cycle:
         self._given[owner] = self._given.get(owner, 0) + units
         end = end_if_started(job, self.state, self.now)
         for each in places:
-            taken = Taken(each.slots, job.gang.bundle.gpu_units, end)
+            taken = Taken((job.id, job.attempts + 1), each.slots, job.gang.bundle.gpu_units, end)
             self._taken.setdefault(each.node_id, []).append(taken)
+        if any(each.node_id in self.holds for each in places):
+            # What ends in time has made the hold smaller: those behind may use the rest.
+            self._lift()
+            self._put_back()
+        self._fresh.append((end, job, Attempt(job.attempts + 1, places, Phase.RESERVING, self.now)))
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
         self._events.append(event)
@@ -294,10 +332,11 @@ class Cycle:
                 if coming is not None:
                     self._keep(job, option, coming)
                     return
-        if job.queue in self._who_evicts():
+        if job.queue in self._who_evicts() and self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units:
             for option in options:
                 eviction = self._evict(job, option)
                 if eviction is not None:
+                    self._evicting.add(job.id)
                     for victim, cause in eviction.victims:
                         self._stopped.add(victim)
                         self._events.append(StopRequested(self.now, victim, cause, job.id))
@@ -324,8 +363,8 @@ class Cycle:
         if any(classes & each.classes for each in self.reservations.values()):
             return
         old = self.notes.reservations.get(job.id)
-        if old is None or old.evicting or not still_good(old, self.state, job, self.now):
-            old = reserve(job, self.state, option.classes, self._owed(), self.now)
+        if old is None or old.evicting or not still_good(old, self.state, job, self.now, self._taken):
+            old = reserve(job, self.state, option.classes, self._owed(), self.now, self._fresh)
         if old is not None:
             self._keep(job, option, old)
 
@@ -334,7 +373,9 @@ class Cycle:
         self.reservations[job.id] = reservation
         if self.first_blocked is None:
             self.first_blocked = job
-        self._charge(job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units)
+        kept = job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units
+        self._charge(*kept)
+        self._kept_quota[job.id] = kept
         self._hold(reservation)
         if any(each.at > self.now and each.at != inf for each in self.reservations.values()):
             self._lift()

@@ -155,7 +155,7 @@ def _coming(cycle: Cycle, job: Job) -> Reason | None:
     reservation = cycle.reservations.get(job.id)
     if reservation is None or reservation.at > cycle.now:
         return None
-    names = reservation.evicting or tuple(sorted(reservation.counted))
+    names = reservation.evicting or tuple(sorted(job_id for job_id, _ in reservation.counted))
     listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
     what = "is" if len(names) == 1 else "are"
     how = "evicted for it" if reservation.evicting else "giving GPUs back"

@@ -26,6 +26,10 @@ from rm.core.state import ClusterState
 
 MOST_CANDIDATES = 5_000
 """Attempts considered for one preemptor; beyond that only the cheapest are looked at."""
+AT_ONCE_S = 1.0
+"""What has only just been admitted is left alone for this long: no decision is taken back in the same breath."""
+SETTLE_S = 60.0
+"""How long an elastic gang keeps what it took above its minimum before equals may ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def in_transit(
     if places is None:
         return None
     evicted = tuple(each.id for each in met if _attempt(each).stop_by == job.id)
-    counted = frozenset(each.id for each in met)
+    counted = frozenset((each.id, each.attempts) for each in met)
     return Reservation(job.id, now, needs(job, places), class_ids(classes), counted, evicted)
 
 
@@ -153,7 +157,8 @@ def evict(
             causes.setdefault(each.job.id, StopCause.RESIZED)
         else:
             causes[each.job.id] = StopCause.PREEMPTED
-    counted = frozenset(causes) | frozenset(state.books.ending)
+    gone = {*causes, *state.books.ending}
+    counted = frozenset((each, state.jobs[each].attempts) for each in gone)
     need = needs(job, places)
     reservation = Reservation(job.id, now, need, class_ids(classes), counted, tuple(causes))
     return Eviction(reservation, tuple(causes.items()))
@@ -190,21 +195,24 @@ def _candidates(
         if not allowed and not shrinks:
             continue
         protected_until = _protected_until(other, attempt, state)
-        if protected_until > now:
-            wake(protected_until)
-            continue
         if shrinks:
-            yield _Candidate(other, replace(attempt, placed=attempt.placed[least:]), borrowing, True)
-            attempt = replace(attempt, placed=attempt.placed[:least])
+            settled = max(protected_until, attempt.admitted_at + SETTLE_S)
+            if settled > now:
+                wake(settled)
+            else:
+                yield _Candidate(other, replace(attempt, placed=attempt.placed[least:]), borrowing, True)
+                attempt = replace(attempt, placed=attempt.placed[:least])
         if allowed:
-            yield _Candidate(other, attempt, borrowing, False)
+            if protected_until > now:
+                wake(protected_until)
+            else:
+                yield _Candidate(other, attempt, borrowing, False)
 
 
 def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
     spare_s = max(job.min_runtime_s, state.policy.min_runtime_s)
-    if not spare_s:
-        return 0.0
-    return (attempt.started_at if attempt.started_at is not None else attempt.admitted_at) + spare_s
+    since = attempt.started_at if attempt.started_at is not None else attempt.admitted_at
+    return max(attempt.admitted_at + AT_ONCE_S, since + spare_s)
 
 
 def _ending(state: ClusterState) -> list[Job]:
