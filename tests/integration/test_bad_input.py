@@ -121,7 +121,9 @@ def test_a_missing_script_and_a_missing_command(client) -> None:
     assert "no_such_script.py" in " ".join(view.outcome["tail"])
     view = command.wait(60)
     assert view.status == "FAILED"
-    assert "no-such-command" in view.outcome["message"]
+    assert view.outcome["message"].startswith(
+        "rank 0 on 127.0.0.1: command 'no-such-command' was not found on PATH"
+    )
 
 
 @pytest.mark.parametrize(
