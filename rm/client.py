@@ -187,8 +187,7 @@ class Client:
 
     def nodes(self) -> list[NodeView]:
         """The cluster's nodes: what is charged to jobs, held by other work, and free."""
-        nodes: list[NodeView] = self._allocator("nodes")
-        return nodes
+        return NodeList(self._allocator("nodes"))
 
     def events(self, *, after: int = 0, limit: int = 1000) -> list[EventView]:
         """The history of the whole cluster from the ledger, oldest first."""
@@ -240,6 +239,15 @@ class JobList(list[Job]):
         from rm.notebook import jobs_table
 
         return jobs_table([job.last for job in self])
+
+
+class NodeList(list[NodeView]):
+    """A list of nodes that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        from rm.notebook import nodes_table
+
+        return nodes_table(self)
 
 
 class Heartbeat:
