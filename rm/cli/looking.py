@@ -144,10 +144,10 @@ def logs(
 ) -> int:
     """What the job has printed, as it printed it."""
     job = connect(ctx).job(job_id)
-    if rank is not None and rank >= job.last.ranks:
-        raise InvalidSpec(
-            f"rank: {job.id} has no rank {rank}; they go from 0 to {job.last.ranks - 1}", field="rank"
-        )
+    ranks = job.last.ranks
+    if rank is not None and rank >= ranks:
+        there_are = f"they go from 0 to {ranks - 1}" if ranks > 1 else "it has one process, rank 0"
+        raise InvalidSpec(f"rank: {job.id} has no rank {rank}; {there_are}", field="rank")
     stream = None if out == err else "out" if out else "err"
     if follow:
         for line in job.logs(follow=True, rank=rank, stream=stream):

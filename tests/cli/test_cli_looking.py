@@ -235,6 +235,8 @@ def test_logs_of_a_rank_that_there_is_not(rmctl: Any, fake: FakeClient) -> None:
     fake.add(view("j1", ranks=2))
     ran = rmctl("logs", "1", "--rank", "2")
     assert (ran.code, ran.err) == (2, "error: rank: j1 has no rank 2; they go from 0 to 1\n")
+    fake.add(view("j1", ranks=1))
+    assert "it has one process, rank 0" in rmctl("logs", "1", "--rank", "2").err
 
 
 # --- cancel and wait ---------------------------------------------------------------------------------------
