@@ -15,11 +15,12 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rm import context
 from rm.core.model import Kind
-from rm.errors import InvalidSpec, RmError
+from rm.errors import InvalidSpec, RequestError, RmError
 from rm.job import Job
 from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
@@ -186,8 +187,7 @@ class Client:
 
     def nodes(self) -> list[NodeView]:
         """The cluster's nodes: what is charged to jobs, held by other work, and free."""
-        nodes: list[NodeView] = self._allocator("nodes")
-        return nodes
+        return NodeList(self._allocator("nodes"))
 
     def events(self, *, after: int = 0, limit: int = 1000) -> list[EventView]:
         """The history of the whole cluster from the ledger, oldest first."""
@@ -241,6 +241,15 @@ class JobList(list[Job]):
         return jobs_table([job.last for job in self])
 
 
+class NodeList(list[NodeView]):
+    """A list of nodes that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        from rm.notebook import nodes_table
+
+        return nodes_table(self)
+
+
 class Heartbeat:
     """Says for the attached jobs of this process that it is alive. One daemon thread, started when needed."""
 
@@ -287,21 +296,36 @@ def require_gpus(
     Inside a job it returns at once. Outside it submits the script with its arguments as a job
     (`nproc_per_node="gpu"` unless said otherwise), streams the logs and exits with the job's exit code. With
     `detach` it prints the job's id and exits; without, the job is cancelled if this process dies.
+    Raises RequestError where there is no script: in a notebook, at a prompt, in `python -c`.
     """
     if context.in_job():
         return
     from rm.attached import follow_to_exit
 
+    command = _this_program()
     client = client or connect()
     options.setdefault("nproc_per_node", "gpu" if num_gpus >= 1 else 1)
-    options.setdefault("name", os.path.basename(sys.argv[0]))  # noqa: PTH119
-    # "python", not our own path: on its node the runner's environment stands first on PATH.
-    command = ["python", *sys.argv]
+    options.setdefault("name", command[2] if command[1] == "-m" else Path(command[1]).name)
     job = client.submit(command, num_gpus=num_gpus, attach=not detach, **options)
     if detach:
         print(f"{job.id} submitted; follow it with: rmctl logs -f {job.id}")
         raise SystemExit(0)
     raise SystemExit(follow_to_exit(job))
+
+
+def _this_program() -> list[str]:
+    """The command line that runs this program again: a script, or a module where it came by `python -m`."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    # "python", not our own path: on its node the runner's environment stands first on PATH.
+    if spec is not None and spec.name != "__main__":  # that would be a directory or a zip file: argv names it
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    if not Path(getattr(main, "__file__", None) or "<stdin>").exists():
+        raise RequestError(
+            "require_gpus: it starts the script that calls it once more, and a notebook, a prompt or `python -c` is "
+            "no script; use client.submit(function, num_gpus=N) or client.lease(num_gpus=N) there"
+        )
+    return ["python", *sys.argv]
 
 
 _FIELD_NAMES = {"time_limit": "time_limit_s", "grace": "grace_s"}

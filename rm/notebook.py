@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from rm.views import JobView
+from rm.views import JobView, NodeView
 
 _COLOURS = {
     "QUEUED": "#8a6d00",
@@ -50,12 +50,42 @@ def job_card(view: JobView, why: Any = None) -> str:
 
 def jobs_table(views: Sequence[JobView]) -> str:
     """Many jobs, one row each."""
-    head = "".join(f"<th>{name}</th>" for name in ("job", "name", "owner", "status", "GPUs", "time"))
-    body = "".join(
-        f"<tr><td>{escape(v.id)}</td><td>{escape(v.name)}</td><td>{escape(v.owner)}</td><td>{_badge(v.status)}</td>"
-        f"<td>{escape(_gpus(v))}</td><td>{escape(_times(v))}</td></tr>"
-        for v in views
+    return _table(
+        ("job", "name", "owner", "status", "GPUs", "time"),
+        [
+            (
+                escape(v.id),
+                escape(v.name),
+                escape(v.owner),
+                _badge(v.status),
+                escape(_gpus(v)),
+                escape(_times(v)),
+            )
+            for v in views
+        ],
     )
+
+
+def nodes_table(views: Sequence[NodeView]) -> str:
+    """The nodes, one row each: how many GPUs, and who has them."""
+    return _table(
+        ("node", "type", "GPUs", "rm", "others", "free", "jobs"),
+        [
+            (
+                escape(v.name),
+                escape(v.gpu_type or "–"),
+                *(f"{count:g}" for count in (v.gpus, v.charged_gpus, v.foreign_gpus, v.free_gpus)),
+                escape(", ".join(v.jobs) or "–"),
+            )
+            for v in views
+        ],
+    )
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """`rows` are HTML already."""
+    head = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{each}</td>' for each in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -195,15 +195,17 @@ def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
     )
 
 
-def events_table(views: Iterable[EventView], began: float | None = None) -> Table:
-    """A timeline. Each row shows the GPUs of the whole cluster right before and after the event."""
+def events_table(views: Sequence[EventView], began: float | None = None) -> Table:
+    """A timeline. Each row shows the GPUs of the whole cluster right before and after the event.
+
+    JOB is left out where all rows have the same: the width is needed for WHAT.
+    """
     rows = []
     for view in views:
         began = view.at if began is None else began
-        at = datetime.fromtimestamp(view.at).astimezone()
         rows.append(
             (
-                f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}",
+                f"{datetime.fromtimestamp(view.at).astimezone():%H:%M:%S}",
                 f"{view.at - began:.3f} s",
                 view.kind,
                 plain(view.job_id or "–") + (f".{view.attempt}" if view.attempt else ""),
@@ -212,7 +214,10 @@ def events_table(views: Iterable[EventView], began: float | None = None) -> Tabl
                 plain(sentence(view)),
             )
         )
-    return grid(("TIME", "AFTER", "EVENT", "JOB", "FREE", "CHARGED", "WHAT"), rows, numbers={"AFTER"})
+    names = ("TIME", "AFTER", "EVENT", "JOB", "FREE", "CHARGED", "WHAT")
+    whose = len({view.job_id for view in views}) > 1 or any((view.attempt or 0) > 1 for view in views)
+    shown = [place for place, name in enumerate(names) if whose or name != "JOB"]
+    return grid([names[each] for each in shown], [[row[each] for each in shown] for row in rows], {"AFTER"})
 
 
 def change(before: float, after: float) -> str:

@@ -74,7 +74,7 @@ def actor_pids() -> dict[str, int]:
 
 
 def processes_with(variable: str, *marks: str, command: str = "") -> list[int]:
-    """Processes whose environment has `variable` and whose command line holds `command`: pids."""
+    """Processes whose environment has `variable` ("": any) and whose command line holds `command`: pids."""
     found = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
@@ -82,6 +82,10 @@ def processes_with(variable: str, *marks: str, command: str = "") -> list[int]:
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if f"{variable}=" in environ and command in line and all(mark in environ for mark in marks):
+        if (
+            (not variable or f"{variable}=" in environ)
+            and command in line
+            and all(mark in environ for mark in marks)
+        ):
             found.append(pid)
     return found

@@ -144,6 +144,10 @@ def logs(
 ) -> int:
     """What the job has printed, as it printed it."""
     job = connect(ctx).job(job_id)
+    ranks = job.last.ranks
+    if rank is not None and rank >= ranks:
+        there_are = f"they go from 0 to {ranks - 1}" if ranks > 1 else "it has one process, rank 0"
+        raise InvalidSpec(f"rank: {job.id} has no rank {rank}; {there_are}", field="rank")
     stream = None if out == err else "out" if out else "err"
     if follow:
         for line in job.logs(follow=True, rank=rank, stream=stream):
@@ -154,7 +158,7 @@ def logs(
     sys.stdout.write(text)
     sys.stdout.flush()
     if not text:
-        note(f"{job.id} has printed nothing yet: it is {job.last.status}")
+        note(f"{job.id} has printed nothing{'' if job.last.ended else ' yet'}: it is {job.last.status}")
     return 0
 
 

@@ -36,11 +36,9 @@ class RequestOptions:
     num_gpus: Annotated[Said, shape("--num-gpus", "-g", metavar="N", help="GPUs in all; 0.5 shares one.")] = (
         None
     )
-    nodes: Annotated[int | None, shape(metavar="N", help="Spread over this many nodes.")] = None
+    nodes: Annotated[int | None, shape(metavar="N", help="Equal bundles; STRICT_SPREAD parts them.")] = None
     gpus_per_node: Annotated[Said, shape(metavar="N", help="Instead of --num-gpus.")] = None
-    gpu_type: Annotated[Said, shape(metavar="TYPE", help="A100, or A100,H100: the first is preferred.")] = (
-        None
-    )
+    gpu_type: Annotated[Said, shape(metavar="TYPE", help="A100, or A100,H100: any of them.")] = None
     cpus_per_gpu: Annotated[float | None, shape(metavar="N", help="CPUs reserved with each GPU.")] = None
     memory_per_gpu: Annotated[Said, shape(metavar="SIZE", help="16GiB, 512M.")] = None
     strategy: Annotated[Said, shape(metavar="WORD", help="PACK, STRICT_PACK, SPREAD, STRICT_SPREAD.")] = None

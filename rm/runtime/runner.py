@@ -191,7 +191,7 @@ def _describe(exit_: RankExit, node_name: str) -> str:
     """One sentence: which rank, how it ended, and where."""
     where = f"rank {exit_.rank} on {node_name}"
     if exit_.error:
-        return f"{where}: {exit_.error}"
+        return f"{where}: {exit_.error.removeprefix(f'rank {exit_.rank}: ')}"
     if exit_.signal is not None:
         hint = " (out of memory?)" if exit_.signal_name == "SIGKILL" else ""
         return f"{where} was killed by {exit_.signal_name}{hint}"

@@ -159,6 +159,16 @@ def test_show_tells_state_outcome_tail_and_history(rmctl: Any, fake: FakeClient)
     assert [each["kind"] for each in shown["events"]] == ["JobSubmitted", "JobAdmitted"]
 
 
+def test_the_history_names_the_job_only_where_there_are_several(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1"), view("j2"))
+    fake.event_views = [event(1, "JobSubmitted"), event(2, "JobAdmitted", attempt=1)]
+    assert rmctl("events").out.split()[:4] == ["TIME", "AFTER", "EVENT", "FREE"]
+    fake.event_views += [event(3, "JobAdmitted", attempt=2)]
+    assert "j1.2" in rmctl("show", "1").out, "several attempts are told apart"
+    fake.event_views = [event(1, "JobSubmitted"), event(2, "JobSubmitted", job_id="j2")]
+    assert rmctl("events").out.split()[:4] == ["TIME", "AFTER", "EVENT", "JOB"]
+
+
 def test_why_gives_sentence_evidence_and_advice(rmctl: Any, fake: FakeClient) -> None:
     fake.add(view("j1", "QUEUED"))
     fake.reasons["j1"] = WAITS
@@ -216,7 +226,17 @@ def test_logs_of_a_silent_job_say_so_beside_stdout(rmctl: Any, fake: FakeClient)
     fake.add(view("j1", "QUEUED"))
     ran = rmctl("logs", "1")
     assert (ran.code, ran.out) == (0, "")
-    assert "QUEUED" in ran.err
+    assert ran.err == "j1 has printed nothing yet: it is QUEUED\n"
+    fake.add(view("j1", "SUCCEEDED"))
+    assert rmctl("logs", "1").err == "j1 has printed nothing: it is SUCCEEDED\n"
+
+
+def test_logs_of_a_rank_that_there_is_not(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", ranks=2))
+    ran = rmctl("logs", "1", "--rank", "2")
+    assert (ran.code, ran.err) == (2, "error: rank: j1 has no rank 2; they go from 0 to 1\n")
+    fake.add(view("j1", ranks=1))
+    assert "it has one process, rank 0" in rmctl("logs", "1", "--rank", "2").err
 
 
 # --- cancel and wait ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_client import HOSTILE, FakeClient, node, view
+from fake_client import HOSTILE, FakeClient, event, node, view
 from rich.console import Console
 from rich.text import Text
 
@@ -154,6 +154,21 @@ def test_a_table_fits_the_terminal_and_keeps_foreign_escapes_out() -> None:
     assert "\u202e" not in shown
     assert len(lines) > 2, "the reason is folded, not cut"
     assert all(len(line) <= 90 for line in lines)
+
+
+def test_the_history_of_a_job_is_not_broken_within_words_on_80_columns() -> None:
+    file = io.StringIO()
+    screen = Console(file=file, force_terminal=True, width=80, markup=False, emoji=False, highlight=False)
+    waits = {"reason": {"code": "WaitingForCapacity", "message": "needs 4 GPUs, 2 are free"}}
+    events = [
+        event(1, "AvailabilityChecked", body=waits, free_after=4),
+        event(2, "RunStarted", at=99999, attempt=1, charged_after=4, body={"hosts": ["gpu-node-17"]}),
+    ]
+    tables.write(screen, tables.events_table(events))
+    shown = Text.from_ansi(file.getvalue()).plain
+    assert "WaitingForCapacity:" in shown
+    assert "gpu-node-17" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_the_bar_does_without_unicode() -> None:

@@ -5,12 +5,13 @@ The `client` fixture checks after every test: zero GPUs charged, zero placement 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from probes import user_processes, wait_until
+from probes import processes_with, user_processes, wait_until
 
 from rm.errors import (
     Infeasible,
@@ -121,7 +122,8 @@ def test_a_missing_script_and_a_missing_command(client) -> None:
     assert "no_such_script.py" in " ".join(view.outcome["tail"])
     view = command.wait(60)
     assert view.status == "FAILED"
-    assert "no-such-command" in view.outcome["message"]
+    said = view.outcome["message"]
+    assert re.match(r"rank 0 on [^ ]+: command 'no-such-command' was not found on PATH", said), said
 
 
 @pytest.mark.parametrize(
@@ -163,9 +165,16 @@ def test_a_closed_stdout_does_no_harm(client) -> None:
 
 
 def test_grandchildren_that_are_left_behind_are_ended(client) -> None:
-    job = client.submit("(setsid sleep 1000 &) ; nohup sleep 1000 & echo started", num_gpus=1)
+    unmarked = "sleep 1000.25"
+    command = (
+        f"(setsid sleep 1000 &) ; nohup sleep 1000 & (env -i setsid {unmarked} &) ; sleep 0.3; echo started"
+    )
+    job = client.submit(command, num_gpus=1)
     assert job.wait(60).status == "SUCCEEDED"
     assert not user_processes()
+    assert not processes_with("", command=unmarked), (
+        "without our mark in its environment it is found by descent"
+    )
 
 
 def test_sigterm_ignored_by_all_of_a_tree_is_no_way_out(client) -> None:
