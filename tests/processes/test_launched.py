@@ -61,7 +61,7 @@ def test_a_rank_starts_clean(attempt: Any) -> None:
         code = """import os
 print(os.getsid(0) == os.getpid(), os.readlink("/proc/self/fd/0"))
 print(len(os.listdir("/proc/self/fd")))  # 0, 1, 2 and the listing itself
-print([line.split()[1].strip("0") for line in open("/proc/self/status") if line.startswith("SigBlk")])
+print([int(line.split()[1], 16) for line in open("/proc/self/status") if line.startswith("SigBlk")])
 print(os.environ["RM_ATTEMPT_KEY"], os.getcwd())"""
         outcome = run(attempt.python(0, code), attempt.rank(1, "grep", "^Sig[BI]", "/proc/self/status"))
     finally:
@@ -71,10 +71,12 @@ print(os.environ["RM_ATTEMPT_KEY"], os.getcwd())"""
     assert attempt.out(0).splitlines() == [
         "True /dev/null",
         "4",
-        "['']",
+        "[0]",
         f"{attempt.key} {attempt.folder}",
     ]
-    assert [line.split()[1].strip("0") for line in attempt.out(1).splitlines()] == ["", ""]
+    # 32 and 33 belong to the C library, which lets nobody set them: `make` leaves them ignored in what it starts.
+    its_own = 1 << 31 | 1 << 32
+    assert [int(line.split()[1], 16) & ~its_own for line in attempt.out(1).splitlines()] == [0, 0]
 
 
 def test_output_of_100_mb_arrives_whole(attempt: Any) -> None:
