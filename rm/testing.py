@@ -243,6 +243,7 @@ class FakeCluster:
         short = {node_id: units for node_id, units in charged.items() if units < 0}
         if short:
             raise InternalError(f"held in the world and not charged: {short}")
+
     def _check_dates(self, admitted: bool) -> None:
         """No backfill moves a promised date.
 

@@ -140,9 +140,7 @@ def end_if_started(job: Job, state: ClusterState, now: float) -> float:
     return inf if limit_s is None else now + START_S + limit_s + job.grace_s
 
 
-def _free_at(
-    node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]
-) -> Devices:
+def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]) -> Devices:
     """The node's devices once all that the reservation counts on has ended."""
     node = state.capacity[node_id]
     devices = Devices.whole(node.gpu_slots)

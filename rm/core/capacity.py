@@ -1,10 +1,10 @@
 """The nodes and what is free on them, indexed for best fit; with checkpoint and rollback for what-if.
 
-Nodes with as many GPUs and the same labels form a *class*: few even on a large cluster, and a request matches a
-class or does not (CPUs and memory differ from node to node and are looked at one by one). Inside a class nodes lie in buckets by how many whole devices are free, and
-devices that are partly used by how much of them is. So the fullest node that still fits is found without looking
-at the others. Every change of a node goes through `_put`, which keeps the index, the totals and, inside a
-trial, the way back.
+Nodes with as many GPUs and the same labels form a *class*: few even on a large cluster, and a request matches
+a class or does not (CPUs and memory differ from node to node and are looked at one by one). Inside a class nodes
+lie in buckets by how many whole devices are free, and devices that are partly used by how much of them is. So the
+fullest node that still fits is found without looking at the others. Every change of a node goes through `_put`,
+which keeps the index, the totals and, inside a trial, the way back.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class Capacity:
             if len(self._matching) > 10_000:
                 self._matching.clear()
             found = tuple(
-                each for each in self.classes.values() if each.key.gpu_slots and matches(gang, each.key.labels)
+                each
+                for each in self.classes.values()
+                if each.key.gpu_slots and matches(gang, each.key.labels)
             )
             self._matching[gang] = found
         return found

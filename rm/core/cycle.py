@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from math import inf
+from typing import Self
 
 from rm.core.backfill import Reservation, Taken, end_if_started, hold, reserve, still_good
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
@@ -112,7 +113,7 @@ class Cycle:
         self._searches = 0
         self._wake: float | None = None
 
-    def __enter__(self) -> Cycle:
+    def __enter__(self) -> Self:
         self.state.pending.advance(self.now)
         self._mark = self.state.capacity.mark()
         return self
@@ -132,7 +133,9 @@ class Cycle:
         for job_id in self.state.books.unchecked:
             if job_id not in self.admitted:
                 job = self.state.jobs[job_id]
-                key = (job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now)
+                key: tuple[object, ...] = (
+                    job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now,
+                )  # fmt: skip
                 if job_id in self.reservations:
                     key = (job_id,)
                 if key not in known:
@@ -232,7 +235,9 @@ class Cycle:
 
     def _worth(self, mask: int, queue: str) -> bool:
         """Whether jobs of these shapes in this queue need to be looked at."""
-        return bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+        return (
+            bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+        )
 
     def _try(self, turn: Turn) -> bool:
         """Steps 3 to 6 for one group's next job. True where it was admitted."""
@@ -332,7 +337,10 @@ class Cycle:
                 if coming is not None:
                     self._keep(job, option, coming)
                     return
-        if job.queue in self._who_evicts() and self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units:
+        if (
+            job.queue in self._who_evicts()
+            and self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
+        ):
             for option in options:
                 eviction = self._evict(job, option)
                 if eviction is not None:
@@ -406,7 +414,11 @@ class Cycle:
         for reservation in self.reservations.values():
             for node_id, units in reservation.need.items():
                 owed[node_id] = owed.get(node_id, 0) + units
-        return {node_id: left for node_id, units in owed.items() if (left := units - self.holds.get(node_id, 0)) > 0}
+        return {
+            node_id: left
+            for node_id, units in owed.items()
+            if (left := units - self.holds.get(node_id, 0)) > 0
+        }
 
     def _in_time(self, turn: Turn, options: tuple[Option, ...]) -> bool:
         """Let jobs of the group that end before every reservation is due use what is kept for those.
@@ -539,7 +551,10 @@ class Cycle:
         if known is None or known[0] != version:
             if len(self.notes.feasible) > 10_000:
                 self.notes.feasible.clear()
-            known = self.notes.feasible[key] = (version, feasible(self.wanted(job), self.state.present_shapes()))
+            known = self.notes.feasible[key] = (
+                version,
+                feasible(self.wanted(job), self.state.present_shapes()),
+            )
         return known[1]
 
     def wanted(self, job: Job) -> Gang:
@@ -558,4 +573,3 @@ def _notes(state: ClusterState) -> Notes:
         notes = Notes(state)
         state.plans["cycle"] = notes
     return notes
-

@@ -186,10 +186,16 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
     if owner is None:
         return None
     at = None if owner.at == inf else owner.at
-    when = "at a time that nobody knows" if at is None else f"in {max(0.0, owner.at - cycle.now):.0f} s at the latest"
+    when = (
+        "at a time that nobody knows"
+        if at is None
+        else f"in {max(0.0, owner.at - cycle.now):.0f} s at the latest"
+    )
     bound = ", ".join(sorted(cycle.bounds))
-    advice = "a time limit that ends before then lets it start now" if at is not None else (
-        "it would start now if the jobs that run had time limits, and it too"
+    advice = (
+        "a time limit that ends before then lets it start now"
+        if at is not None
+        else ("it would start now if the jobs that run had time limits, and it too")
     )
     return Reason(
         reasons.RESERVED,
@@ -227,9 +233,7 @@ def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | N
 
 
 def _no_host_resources(cycle: Cycle, gang: Gang, classes: Sequence[NodeClass]) -> Reason:
-    nodes = [
-        node for node in cycle.state.nodes.values() if cycle.state.capacity.class_of(node.id) in classes
-    ]
+    nodes = [node for node in cycle.state.nodes.values() if cycle.state.capacity.class_of(node.id) in classes]
     cpus = max((node.cpu_free_milli - node.foreign_cpu_milli for node in nodes), default=0) / 1000
     memory = max((node.memory_free_bytes - node.foreign_memory_bytes for node in nodes), default=0) / 2**30
     free = sum(each.free_units for each in classes)
@@ -273,7 +277,8 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     advice = "it starts as soon as running jobs release enough"
     if reservation is not None and reservation.at != inf:
         evidence["at"] = reservation.at
-        advice = f"it starts in {max(0.0, reservation.at - cycle.now):.0f} s at the latest, by the time limits of others"
+        wait_s = max(0.0, reservation.at - cycle.now)
+        advice = f"it starts in {wait_s:.0f} s at the latest, by the time limits of others"
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
         f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} are free",
@@ -308,5 +313,3 @@ def _evidence(gang: Gang, free: int, most: int) -> dict[str, Any]:
 def _gpus(units: int) -> str:
     count = gpu_count(units)
     return "1 GPU" if count == 1 else f"{count:g} GPUs"
-
-

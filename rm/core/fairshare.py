@@ -25,7 +25,7 @@ class Usage:
         """Bring the average up to `now`. A clock that went back changes nothing."""
         elapsed_s = now - self.at
         if elapsed_s > 0:
-            keep = 0.5 ** (elapsed_s / half_life_s)
+            keep: float = 0.5 ** (elapsed_s / half_life_s)
             self.average = keep * self.average + (1.0 - keep) * self.current
             self.at = now
 
@@ -37,10 +37,11 @@ class Usage:
     def standing(self, now: float, half_life_s: float) -> float:
         """What the order compares: lower comes first."""
         elapsed_s = max(0.0, now - self.at)
-        keep = 0.5 ** ((elapsed_s + SOON_S) / half_life_s)
+        keep: float = 0.5 ** ((elapsed_s + SOON_S) / half_life_s)
         return keep * self.average + (1.0 - keep) * self.current
 
 
 def soon(units: int, half_life_s: float) -> float:
     """What holding `units` for the next SOON_S adds to a standing."""
-    return (1.0 - 0.5 ** (SOON_S / half_life_s)) * units
+    keep: float = 0.5 ** (SOON_S / half_life_s)
+    return (1.0 - keep) * units

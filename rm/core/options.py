@@ -52,7 +52,9 @@ class Options:
             kinds: dict[str, list[NodeClass]] = {}
             for each in classes:
                 kinds.setdefault(quota.kind(each.key.gpu_type), []).append(each)
-            ways = [(kind, tuple(kinds[kind])) for kind in sorted(kinds, key=lambda kind: (kind != ANY, kind))]
+            ways = [
+                (kind, tuple(kinds[kind])) for kind in sorted(kinds, key=lambda kind: (kind != ANY, kind))
+            ]
         return [Option(kind, found, _one_type(found)) for kind, found in ways if found]
 
 

@@ -64,7 +64,8 @@ def feasible(gang: Gang, shapes: Iterable[NodeShape]) -> bool:
     if not gang.gpu_types:
         return place(least, empty) is not None
     return any(
-        place(least, empty, [each for each in empty.matching(gang) if each.key.gpu_type == gpu_type]) is not None
+        place(least, empty, [each for each in empty.matching(gang) if each.key.gpu_type == gpu_type])
+        is not None
         for gpu_type in gang.gpu_types
     )
 
@@ -120,9 +121,8 @@ def _fullest(
                 best = node, fits
     for free in fewer:
         copies = free // gpus
-        if best is not None and best[1] >= copies:
-            if best[1] > copies or not plain:
-                break
+        if best is not None and best[1] >= copies and (best[1] > copies or not plain):
+            break
         for node in _bucket(free, capacity, classes, used):
             fits = copies if plain else capacity.copies_on(node, bundle)
             if fits and (best is None or fits >= best[1]):

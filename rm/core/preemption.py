@@ -100,8 +100,8 @@ def evict(
     """
     quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
     relief = Relief(job.gang, state.capacity, classes, owed)
-    for each in _ending(state):
-        relief.give(each.gang.bundle, _attempt(each))
+    for coming in _ending(state):
+        relief.give(coming.gang.bundle, _attempt(coming))
     charged: list[tuple[str, str, int]] = []
 
     def charge(candidate: _Candidate, sign: int) -> None:
@@ -176,7 +176,9 @@ def _candidates(
     quota = state.books.quota
     units = job.gang.minimum * job.gang.bundle.gpu_units
     inside = queue.preempt is Preempt.LOWER
-    across = queue.reclaim is not Reclaim.NEVER and quota.limited and quota.fits_nominal(job.queue, kind, units)
+    across = (
+        queue.reclaim is not Reclaim.NEVER and quota.limited and quota.fits_nominal(job.queue, kind, units)
+    )
     for other_id in state.books.charged_jobs():
         other = state.jobs[other_id]
         attempt = other.attempt

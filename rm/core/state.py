@@ -22,7 +22,7 @@ date here, one change at a time, so that a cycle never walks all jobs or all nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from rm.core.books import Books, Owner
 from rm.core.capacity import Capacity, Totals, charged
@@ -203,9 +203,7 @@ class ClusterState:
         if job.held or job.after or not job.gang.minimum <= len(event.placed) <= job.gang.count:
             raise self._invalid(job, event)
         self.capacity.take(job.gang.bundle, event.placed)
-        attempt = Attempt(
-            event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type
-        )
+        attempt = Attempt(event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type)
         self._put(replace(job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None))
         return [Reserve(job.id, event.attempt, job.gang.sized(len(event.placed)), event.placed)]
 
@@ -522,7 +520,9 @@ class ClusterState:
             if job.attempt is None:
                 continue
             placed = job.attempt.placed
-            _require(job.gang.minimum <= len(placed) <= job.gang.count, f"{job.id}: a gang is whole or absent")
+            _require(
+                job.gang.minimum <= len(placed) <= job.gang.count, f"{job.id}: a gang is whole or absent"
+            )
             _require(job.attempt.number == job.attempts, f"{job.id}: attempt numbers")
             for each in placed:
                 if each.node_id in nodes:
@@ -532,9 +532,13 @@ class ClusterState:
             ours, fresh = getattr(self.books, name), getattr(books, name)
             _require(ours == fresh, f"{name} is {ours}, the records say {fresh}")
         _require(set(self.books.unchecked) == set(books.unchecked), "who was looked at")
-        _require([e[1:] for e in self.books.ends] == [e[1:] for e in books.ends] or
-                 self.policy.predicted_limits, f"ends {self.books.ends} are not {books.ends}")
-        _require(self.books.quota.usages() == books.quota.usages(), "quota in use is not what the attempts hold")
+        _require(
+            [e[1:] for e in self.books.ends] == [e[1:] for e in books.ends] or self.policy.predicted_limits,
+            f"ends {self.books.ends} are not {books.ends}",
+        )
+        _require(
+            self.books.quota.usages() == books.quota.usages(), "quota in use is not what the attempts hold"
+        )
         held = {owner: usage.current for owner, usage in self.books.usage.items() if usage.current}
         fresh_held = {owner: usage.current for owner, usage in books.usage.items() if usage.current}
         _require(held == fresh_held, f"owners hold {held}, the attempts say {fresh_held}")

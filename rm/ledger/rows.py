@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rm.core.capacity import Totals
 from rm.core.events import Event
 from rm.core.model import Job
-from rm.core.capacity import Totals
 from rm.spec import JobSpec
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from rm.core.capacity import Totals
 from rm.core.cycle import schedule
 from rm.core.effects import Effect
 from rm.core.events import (
@@ -31,7 +32,6 @@ from rm.core.events import (
     NodeJoined,
     NodeTypesObserved,
 )
-from rm.core.capacity import Totals
 from rm.core.model import Job, Node
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable

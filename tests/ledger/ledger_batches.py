@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rm.core.capacity import Totals
 from rm.core.events import Event, JobAdmitted, JobSubmitted
 from rm.core.model import Attempt, Gang, Job, Outcome, Phase, PlacedBundle, Status
 from rm.core.resources import GPU_UNIT, Bundle
-from rm.core.capacity import Totals
 from rm.ledger import Accepted, Batch, EventRow
 from rm.spec import JobSpec, build_spec
 

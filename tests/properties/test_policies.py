@@ -179,7 +179,9 @@ class AnyPolicy(RuleBasedStateMachine):
         assert not self.fake.held
         left = [job.id for job in self.fake.state.jobs.values() if job.status is not Status.QUEUED]
         assert not left
-        assert not self.fake.state.jobs, [str(job.gang) + job.gang.strategy for job in self.fake.state.jobs.values()]
+        assert not self.fake.state.jobs, [
+            str(job.gang) + job.gang.strategy for job in self.fake.state.jobs.values()
+        ]
 
 
 AnyPolicy.TestCase.settings = settings(
