@@ -52,7 +52,7 @@ def reserve(
     """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
     relief = Relief(job.gang, state.capacity, classes, owed)
     gone: set[tuple[str, int]] = set()
-    for end, other, attempt in _by_end(state, now, fresh):
+    for end, other, attempt in _by_end(state, job.id, now, fresh):
         gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
@@ -146,11 +146,13 @@ def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken:
     devices = Devices.whole(node.gpu_slots)
     for job_id in state.books.charged_on.get(node_id, ()):
         job = state.jobs[job_id]
-        if (job_id, job.attempts) in reservation.counted or job_id in state.books.ending:
+        assert job.attempt is not None
+        if (job_id, job.attempts) in reservation.counted:
+            continue
+        if job_id in state.books.ending and not _claimed(job.attempt, state, reservation.job_id):
             continue
         if state.books.planned_end(job) <= reservation.at < inf:
             continue
-        assert job.attempt is not None
         for each in job.attempt.placed:
             if each.node_id == node_id:
                 devices = devices.take_slots(each.slots, job.gang.bundle.gpu_units)
@@ -161,9 +163,30 @@ def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken:
     return devices.without_foreign(node.foreign_units)
 
 
-def _by_end(state: ClusterState, now: float, fresh: Fresh) -> Iterator[tuple[float, Job, Attempt]]:
+def coming(state: ClusterState, for_job: str) -> Iterator[Job]:
+    """The jobs whose GPUs are on their way back and that `for_job` may count on.
+
+    What was evicted for another job that still waits is left out: the eviction was measured so that all who stand
+    before that job keep what they were promised, and it must not be planned with twice.
+    """
     for job_id in state.books.ending:
         job = state.jobs[job_id]
+        assert job.attempt is not None
+        if not _claimed(job.attempt, state, for_job):
+            yield job
+
+
+def _claimed(attempt: Attempt, state: ClusterState, for_job: str) -> bool:
+    """Whether the attempt was evicted for another job than this one, and that job could still start."""
+    if attempt.stop is None or not attempt.stop.comes_back or attempt.stop_by == for_job:
+        return False
+    return state.pending.group_of(attempt.stop_by) is not None
+
+
+def _by_end(
+    state: ClusterState, for_job: str, now: float, fresh: Fresh
+) -> Iterator[tuple[float, Job, Attempt]]:
+    for job in coming(state, for_job):
         assert job.attempt is not None
         yield now, job, job.attempt
     known = ((end, state.jobs[job_id]) for end, _, job_id in state.books.ends)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rm.core.backfill import Reservation, class_ids, needs
+from rm.core.backfill import Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, StopCause
 from rm.core.policy import Preempt, Reclaim
@@ -74,7 +74,7 @@ def in_transit(
     if not state.books.ending:
         return None
     relief = Relief(job.gang, state.capacity, classes, owed)
-    met = [each for each in _ending(state) if relief.give(each.gang.bundle, _attempt(each))]
+    met = [each for each in coming(state, job.id) if relief.give(each.gang.bundle, _attempt(each))]
     places = relief.places() if met else None
     if places is None:
         return None
@@ -100,8 +100,9 @@ def evict(
     """
     quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
     relief = Relief(job.gang, state.capacity, classes, owed)
-    for coming in _ending(state):
-        relief.give(coming.gang.bundle, _attempt(coming))
+    on_their_way = list(coming(state, job.id))
+    for each in on_their_way:
+        relief.give(each.gang.bundle, _attempt(each))
     charged: list[tuple[str, str, int]] = []
 
     def charge(candidate: _Candidate, sign: int) -> None:
@@ -115,7 +116,7 @@ def evict(
     chosen: list[_Candidate] = []
     try:
         candidates = sorted(_candidates(job, state, kind, now, spared, wake), key=lambda each: each.rank(now))
-        for other in _ending(state):
+        for other in on_their_way:
             if other.queue in state.policy.queues:
                 entry = other.queue, state.books.kind(_attempt(other)), -other.held_units
                 quota.add(*entry)
@@ -157,7 +158,7 @@ def evict(
             causes.setdefault(each.job.id, StopCause.RESIZED)
         else:
             causes[each.job.id] = StopCause.PREEMPTED
-    gone = {*causes, *state.books.ending}
+    gone = {*causes, *(other.id for other in on_their_way)}
     counted = frozenset((each, state.jobs[each].attempts) for each in gone)
     need = needs(job, places)
     reservation = Reservation(job.id, now, need, class_ids(classes), counted, tuple(causes))
@@ -215,10 +216,6 @@ def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
     spare_s = max(job.min_runtime_s, state.policy.min_runtime_s)
     since = attempt.started_at if attempt.started_at is not None else attempt.admitted_at
     return max(attempt.admitted_at + AT_ONCE_S, since + spare_s)
-
-
-def _ending(state: ClusterState) -> list[Job]:
-    return [state.jobs[job_id] for job_id in state.books.ending]
 
 
 def _attempt(job: Job) -> Attempt:
