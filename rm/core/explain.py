@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 
 def reason_of(cycle: Cycle, job: Job) -> Reason:
     """The reason of a queued job. First match wins."""
+    reservation = cycle.reservations.get(job.id)
+    if reservation is None:
+        return _reason_of(cycle, job)
+    # What is kept for the job itself is free as far as its own numbers go.
+    capacity = cycle.state.capacity
+    mark = capacity.mark()
+    try:
+        for node_id, units in reservation.need.items():
+            capacity.keep_free(node_id, -min(units, cycle.holds.get(node_id, 0)))
+        return _reason_of(cycle, job)
+    finally:
+        capacity.rollback(mark)
+
+
+def _reason_of(cycle: Cycle, job: Job) -> Reason:
     if job.id in cycle.admitted:
         return Reason(reasons.NOT_EVALUATED, "fits now; the next cycle will start it")
     found = _must_not_start(cycle, job) or _cannot_ever(cycle, job)
