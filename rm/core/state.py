@@ -83,6 +83,8 @@ class ClusterState:
         self.launchable: tuple[NodeShape, ...] = ()
         self.predictor = Predictor()
         self.remaining = Remaining()
+        self.learns = True
+        """False in a twin that runs ahead: what it imagines is no experience."""
         self.pending = Pending(self.policy)
         self.books = Books(self.policy, {}, self.predictor)
         self.version = 0
@@ -462,6 +464,8 @@ class ClusterState:
 
     def _learn(self, job: Job, ran_s: float) -> None:
         """A job has ended after so much run time, however it ended: it held its GPUs for as long."""
+        if not self.learns:
+            return
         self.predictor.learn(job, ran_s)
         self.remaining.learn(job, ran_s)
 

@@ -58,7 +58,9 @@ def test_a_forecast_leaves_the_state_as_it_was() -> None:
     fake.add_node("n", 2)
     fake.submit(2, time_limit_s=100.0, behaviour=Behaviour(1000))
     job = fake.submit(1, time_limit_s=1.0)
-    before = dict(fake.state.jobs), fake.state.version
+    fake.run(lambda: fake.state.jobs["j1"].status is Status.RUNNING)
+    before = dict(fake.state.jobs), fake.state.version, fake.state.predictor.predict(fake.state.jobs[job])
     Twin(fake.state, fake.now).forecast(job)
-    assert (dict(fake.state.jobs), fake.state.version) == before
+    assert (dict(fake.state.jobs), fake.state.version) == before[:2]
+    assert fake.state.predictor.predict(fake.state.jobs[job]) == before[2]
     fake.check()
