@@ -101,13 +101,14 @@ class FakeCluster:
         kind: Kind = Kind.COMMAND,
         least: int = 0,
         owner: str = "someone",
+        name: str = "",
         **fields: object,
     ) -> str:
         seq = self._jobs = self._jobs + 1
         job_id = f"j{seq}"
         self.behaviours[job_id] = behaviour or Behaviour()
         gang = Gang(Bundle(gpu_units(num_gpus), cpu_milli), count, strategy, gpu_types, least=least)
-        job = Job(job_id, seq, job_id, owner, kind, gang, self.now, **fields)  # type: ignore[arg-type]
+        job = Job(job_id, seq, name or job_id, owner, kind, gang, self.now, **fields)  # type: ignore[arg-type]
         self.happen(JobSubmitted(self.now, job))
         return job_id
 

@@ -33,6 +33,7 @@ from rm.core.explain import reason_of
 from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import Given, Line, Turn, queue_key
+from rm.core.outlast import LOOK_AGAIN_S, Outlast
 from rm.core.pending import Group
 from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
@@ -105,6 +106,8 @@ class Cycle:
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
         self._evictors: set[str] | None = None
+        self._victims: Outlast | None = None
+        self._no_victims: set[tuple[str, Gang]] = set()
         self._stopped: set[str] = set()
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
@@ -122,6 +125,8 @@ class Cycle:
         self.state.capacity.rollback(self._mark)
         for queue, kind, units in reversed(self._quota_trial):
             self.state.books.quota.add(queue, kind, -units)
+        if self.state.policy.order is Order.SHORTEST_FIRST and self.state.pending.groups:
+            self._wake_at(self.now + LOOK_AGAIN_S)
         if not self._for_readers:
             self.notes.reservations = self.reservations
             self.state.wake_at = self._wake
@@ -341,7 +346,8 @@ class Cycle:
             job.queue in self._who_evicts()
             and self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
         ):
-            for option in options:
+            same = job.queue, job.gang
+            for option in options if same not in self._no_victims else ():
                 eviction = self._evict(job, option)
                 if eviction is not None:
                     self._evicting.add(job.id)
@@ -350,6 +356,8 @@ class Cycle:
                         self._events.append(StopRequested(self.now, victim, cause, job.id))
                     self._keep(job, option, eviction.reservation)
                     return
+            if self.state.policy.order is Order.SHORTEST_FIRST:
+                self._no_victims.add(same)  # whoever comes behind has a worse rank
         within = [option for option in options if self.within_quota(job, option) is not None]
         if not within:
             return
@@ -461,10 +469,17 @@ class Cycle:
             self.bounds.add("evictions_per_cycle")
             return None
         self._searches += 1
+        if self.state.policy.order is Order.SHORTEST_FIRST:
+            return self._outlast().evict(job, option.classes, self._owed(), self._stopped)
         spared = frozenset(self._stopped)
         return evict(
             job, option.kind, self.state, option.classes, self._owed(), self.now, spared, self._wake_at
         )
+
+    def _outlast(self) -> Outlast:
+        if self._victims is None:
+            self._victims = Outlast(self.state, self.now)
+        return self._victims
 
     def _wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
@@ -485,10 +500,11 @@ class Cycle:
                     for queue in books.evictable
                     if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
                 }
+            ranked = self.state.policy.order is Order.SHORTEST_FIRST and bool(books.evictable)
             self._evictors = {
                 queue
                 for queue in self.state.pending.groups
-                if queue in queues and (books.elastic or self._evicts(queue, borrowers))
+                if queue in queues and (ranked or books.elastic or self._evicts(queue, borrowers))
             }
         return self._evictors
 

@@ -4,16 +4,17 @@ FAIR: between queues, those whose next job fits what they own come before those 
 weighted share, level by level from the top of the tree; then allocated / nominal. Inside a queue: priority (a job
 that has waited for `max_age` counts one name higher), then the owner's decayed usage, then submission.
 
-FIFO: priority, then submission, over all queues. SHORTEST_FIRST: priority, then what is predicted to end soonest.
+FIFO: priority, then submission, over all queues. SHORTEST_FIRST: priority, then
+what needs the fewest GPU-seconds more, as far as anybody can tell (`gittins`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from math import inf
 
 from rm.core.fairshare import soon
+from rm.core.outlast import rank_waiting
 from rm.core.pending import Group
 from rm.core.policy import Order
 from rm.core.state import ClusterState
@@ -86,9 +87,8 @@ def group_key(turn: Turn, state: ClusterState, now: float, given: Given) -> tupl
             return (-group.priority, turn.seq)
         case Order.SHORTEST_FIRST:
             job = state.jobs[turn.job_id]
-            prediction = state.predictor.predict(job)
-            left_s = inf if prediction is None else max(0.0, prediction.p50_s - job.ran_s)
-            return (-group.priority, left_s, turn.seq)
+            score = rank_waiting(job, state) * job.gang.gpu_units
+            return (-group.priority, score, turn.seq)
         case Order.FAIR:
             owner = group.queue, group.owner
             usage = state.books.usage.get(owner)

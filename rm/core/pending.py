@@ -1,8 +1,9 @@
 """Jobs that could start now if there were room, grouped by what the scheduler cannot tell apart.
 
-Jobs of one queue, priority, owner and shape form a *group*, in the order of submission: if the first does not
-fit, none does. So the work of a cycle grows with the number of groups, not of jobs. Jobs that must not start yet
-(held, waiting for others, in a pause) are kept apart until an event or the clock lets them in.
+Jobs of one queue, priority, owner and shape (with `shortest_first` of one age too) form a *group*, in the order of
+submission: if the first does not fit, none does. So the work of a cycle grows with the number of groups, not of
+jobs. Jobs that must not start yet (held, waiting for others, in a pause) are kept apart until an event or the clock
+lets them in.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+from rm.core.gittins import age_bin
 from rm.core.model import Gang, Job
-from rm.core.policy import Policy
+from rm.core.policy import Order, Policy
 
 ONE_NAME = 100
 """The distance between two priority names (low, normal, high)."""
@@ -33,17 +35,18 @@ class Shape:
 class Group:
     """Interchangeable jobs. `jobs`: (seq, id) in order."""
 
-    __slots__ = ("jobs", "owner", "priority", "queue", "shape")
+    __slots__ = ("age", "jobs", "owner", "priority", "queue", "shape")
 
-    def __init__(self, queue: str, priority: int, owner: str, shape: Shape) -> None:
+    def __init__(self, queue: str, priority: int, owner: str, shape: Shape, age: int) -> None:
         self.queue = queue
         self.priority = priority
         self.owner = owner
         self.shape = shape
+        self.age = age
         self.jobs: list[tuple[int, str]] = []
 
 
-Key = tuple[str, int, str, int]
+Key = tuple[str, int, str, int, int]
 
 
 class Pending:
@@ -91,7 +94,9 @@ class Pending:
         if job.eligible_at > now:
             heapq.heappush(self._clock, (job.eligible_at, job.id))
             return
-        old_at = job.submitted_at + self._policy.max_age_s
+        # By rank a job is served again and again: what counts is how long it has waited since.
+        since = job.queued_at if self._policy.order is Order.SHORTEST_FIRST else job.submitted_at
+        old_at = since + self._policy.max_age_s
         priority = job.priority
         if now >= old_at:
             priority += ONE_NAME
@@ -167,10 +172,12 @@ class Pending:
             number = self._free_numbers.pop() if self._free_numbers else len(self.shapes)
             shape = self.shapes[job.gang] = Shape(job.gang, number)
         groups = self.groups.setdefault(job.queue, {})
-        key = (job.queue, priority, job.owner, shape.number)
+        ranked = self._policy.order is Order.SHORTEST_FIRST
+        age = 1 + 2 * age_bin(job.ran_s) + bool(job.evictions) if ranked else 0
+        key = (job.queue, priority, job.owner, shape.number, age)
         group = groups.get(key)
         if group is None:
-            group = groups[key] = Group(job.queue, priority, job.owner, shape)
+            group = groups[key] = Group(job.queue, priority, job.owner, shape, age)
             counts = self._counts.setdefault(job.queue, {})
             counts[shape.number] = counts.get(shape.number, 0) + 1
             self.masks[job.queue] = self.masks.get(job.queue, 0) | shape.bit
@@ -180,4 +187,4 @@ class Pending:
 
 
 def _key(group: Group) -> Key:
-    return group.queue, group.priority, group.owner, group.shape.number
+    return group.queue, group.priority, group.owner, group.shape.number, group.age

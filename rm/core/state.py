@@ -48,6 +48,7 @@ from rm.core.events import (
     StopRequested,
 )
 from rm.core.fairshare import Usage
+from rm.core.gittins import Remaining
 from rm.core.model import (
     Attempt,
     Job,
@@ -81,6 +82,9 @@ class ClusterState:
         self.capacity = Capacity()
         self.launchable: tuple[NodeShape, ...] = ()
         self.predictor = Predictor()
+        self.remaining = Remaining()
+        self.learns = True
+        """False in a twin that runs ahead: what it imagines is no experience."""
         self.pending = Pending(self.policy)
         self.books = Books(self.policy, {}, self.predictor)
         self.version = 0
@@ -168,7 +172,7 @@ class ClusterState:
             raise InternalError("restore() needs an empty state")
         for job in ended:
             if job.first_started_at is not None and job.ended_at is not None:
-                self.predictor.learn(job, job.ended_at - job.first_started_at)
+                self._learn(job, job.ended_at - job.first_started_at)
         effects: list[Effect] = []
         for job in jobs:
             if job.status.terminal:
@@ -448,7 +452,7 @@ class ClusterState:
     def _finish_one(self, job: Job, now: float, outcome: Outcome) -> None:
         ended = replace(job, status=outcome.status, attempt=None, outcome=outcome, ended_at=now, reason=None)
         if job.attempt is not None and job.attempt.started_at is not None and not outcome.infra:
-            self.predictor.learn(job, job.ran_s + now - job.attempt.started_at)
+            self._learn(job, job.ran_s + now - job.attempt.started_at)
         if job.attempt is None:
             self.pending.remove(job)
         self.books.changed(job, None, now)
@@ -457,6 +461,13 @@ class ClusterState:
         self.version += 1
         del self.jobs[job.id]
         self._story.pop(job.id, None)
+
+    def _learn(self, job: Job, ran_s: float) -> None:
+        """A job has ended after so much run time, however it ended: it held its GPUs for as long."""
+        if not self.learns:
+            return
+        self.predictor.learn(job, ran_s)
+        self.remaining.learn(job, ran_s)
 
     def _put(self, job: Job, *, moved: bool = True) -> None:
         """Replace a record. `moved=False`: nothing but its reason has changed."""
