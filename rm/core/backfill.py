@@ -11,7 +11,7 @@ Source: Lifka, "The ANL/IBM SP scheduling system", JSSPP '95; Mu'alem and Feitel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from math import inf
@@ -45,14 +45,14 @@ def reserve(
     job: Job,
     state: ClusterState,
     classes: Sequence[NodeClass],
-    owed: Mapping[str, int],
+    promised: Promised,
     now: float,
     fresh: Fresh = (),
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
-    relief = Relief(job.gang, state.capacity, classes, owed)
+    relief = Relief(job.gang, state.capacity, classes, promised.owed)
     gone: set[tuple[str, int]] = set()
-    for end, other, attempt in _by_end(state, job.id, now, fresh):
+    for end, other, attempt in _by_end(state, job.id, promised, now, fresh):
         gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
@@ -163,16 +163,29 @@ def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken:
     return devices.without_foreign(node.foreign_units)
 
 
-def coming(state: ClusterState, for_job: str) -> Iterator[Job]:
-    """The jobs whose GPUs are on their way back and that `for_job` may count on.
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """What the running cycle has promised so far.
 
-    What was evicted for another job that still waits is left out: the eviction was measured so that all who stand
-    before that job keep what they were promised, and it must not be planned with twice.
+    `owed`: units by node that reservations need beyond what is kept for them. `holders`: who has a reservation.
+    `stopped`: whom the cycle has told to stop.
     """
-    for job_id in state.books.ending:
+
+    owed: Mapping[str, int]
+    holders: Collection[str] = ()
+    stopped: Collection[str] = ()
+
+
+def coming(state: ClusterState, for_job: str, promised: Promised) -> Iterator[Job]:
+    """The jobs whose GPUs are on their way back and that `for_job` may count on, less what is owed.
+
+    What was evicted for a job that stands behind is left out: the eviction was measured so that all who stand
+    before that job keep what they have, and it must not be planned with twice.
+    """
+    for job_id in (*state.books.ending, *promised.stopped):
         job = state.jobs[job_id]
         assert job.attempt is not None
-        if not _claimed(job.attempt, state, for_job):
+        if not _claimed(job.attempt, state, for_job) or job.attempt.stop_by in promised.holders:
             yield job
 
 
@@ -184,12 +197,14 @@ def _claimed(attempt: Attempt, state: ClusterState, for_job: str) -> bool:
 
 
 def _by_end(
-    state: ClusterState, for_job: str, now: float, fresh: Fresh
+    state: ClusterState, for_job: str, promised: Promised, now: float, fresh: Fresh
 ) -> Iterator[tuple[float, Job, Attempt]]:
-    for job in coming(state, for_job):
+    for job in coming(state, for_job, promised):
         assert job.attempt is not None
         yield now, job, job.attempt
-    known = ((end, state.jobs[job_id]) for end, _, job_id in state.books.ends)
+    known = (
+        (end, state.jobs[job_id]) for end, _, job_id in state.books.ends if job_id not in promised.stopped
+    )
     runs = ((end, job, job.attempt) for end, job in known if job.attempt is not None)
     for end, job, attempt in merge(runs, sorted(fresh, key=lambda each: each[0]), key=lambda each: each[0]):
         yield max(end, now), job, attempt

@@ -23,11 +23,21 @@ the same state and time plans nothing.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Self
 
-from rm.core.backfill import Reservation, Taken, end_if_started, hold, reserve, still_good
+from rm.core.backfill import (
+    Promised,
+    Reservation,
+    Taken,
+    class_ids,
+    end_if_started,
+    hold,
+    reserve,
+    still_good,
+)
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
@@ -108,12 +118,14 @@ class Cycle:
         self._evictors: set[str] | None = None
         self._victims: Outlast | None = None
         self._no_victims: set[tuple[str, Gang]] = set()
-        self._stopped: set[str] = set()
+        self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._taken: dict[str, list[Taken]] = {}
         self._fresh: list[tuple[float, Job, Attempt]] = []
         self._searches = 0
+        self._loosened = False
+        """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
@@ -161,9 +173,9 @@ class Cycle:
         if not len(state.capacity) or not queues:
             return
         for _ in range(MOST_PASSES):
-            before = len(self.admitted)
+            before, self._loosened = len(self.admitted), False
             self._pass(queues)
-            if len(self.admitted) == before or not (self.holds or self.closed):
+            if len(self.admitted) == before or not (self.holds or self.closed or self._loosened):
                 return
             self._start_over()
         self.bounds.add("passes")
@@ -226,13 +238,18 @@ class Cycle:
                 line.drop()
                 continue
             kept = len(self.reservations)
-            if self._try(turn):
+            if self._try(turn) or self._is_coming(turn.job_id):
                 line.served()
                 return True
             line.drop()
             if len(self.reservations) > kept:
                 return True
         return False
+
+    def _is_coming(self, job_id: str) -> bool:
+        """Whether GPUs are on their way back for the job: the next of its group may ask for others."""
+        reservation = self.reservations.get(job_id)
+        return reservation is not None and reservation.at <= self.now
 
     def _finished(self) -> bool:
         """Whether nobody further down could get anything."""
@@ -320,6 +337,7 @@ class Cycle:
             # What ends in time has made the hold smaller: those behind may use the rest.
             self._lift()
             self._put_back()
+            self._loosened = True
         self._fresh.append((end, job, Attempt(job.attempts + 1, places, Phase.RESERVING, self.now)))
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
@@ -336,23 +354,20 @@ class Cycle:
         state = self.state
         if job.id in self.reservations:
             return
-        for option in options:
-            if self.within_quota(job, option) is not None:
-                coming = in_transit(job, state, option.classes, self._owed(), self.now)
-                if coming is not None:
-                    self._keep(job, option, coming)
-                    return
-        if (
-            job.queue in self._who_evicts()
-            and self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
-        ):
+        may_hold = self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
+        for option in options if may_hold else ():
+            coming = in_transit(job, option.kind, state, option.classes, self._promised(), self.now)
+            if coming is not None:
+                self._keep(job, option, coming)
+                return
+        if may_hold and job.queue in self._who_evicts():
             same = job.queue, job.gang
             for option in options if same not in self._no_victims else ():
                 eviction = self._evict(job, option)
                 if eviction is not None:
                     self._evicting.add(job.id)
                     for victim, cause in eviction.victims:
-                        self._stopped.add(victim)
+                        self._stopped[victim] = None
                         self._events.append(StopRequested(self.now, victim, cause, job.id))
                     self._keep(job, option, eviction.reservation)
                     return
@@ -380,7 +395,7 @@ class Cycle:
             return
         old = self.notes.reservations.get(job.id)
         if old is None or old.evicting or not still_good(old, self.state, job, self.now, self._taken):
-            old = reserve(job, self.state, option.classes, self._owed(), self.now, self._fresh)
+            old = reserve(job, self.state, option.classes, self._promised(), self.now, self._fresh)
         if old is not None:
             self._keep(job, option, old)
 
@@ -416,6 +431,9 @@ class Cycle:
         for reservation in self.reservations.values():
             self._hold(reservation)
 
+    def _promised(self) -> Promised:
+        return Promised(self._owed(), self.reservations.keys(), self._stopped)
+
     def _owed(self) -> dict[str, int]:
         """Units by node that reservations need beyond what is kept for them already."""
         owed: dict[str, int] = {}
@@ -436,7 +454,8 @@ class Cycle:
         group = turn.group
         if not self._fit_in_time & group.shape.bit:
             return False
-        due = min(each.at for each in self.reservations.values())
+        before = len(self.admitted)
+        dated = [(self._due(option), option) for option in options]
         last = min(len(group.jobs), turn.index + BACKFILL_DEPTH)
         if last < len(group.jobs):
             self.bounds.add("backfill_depth")
@@ -444,16 +463,24 @@ class Cycle:
         try:
             for index in range(turn.index, last):
                 job = self.state.jobs[group.jobs[index][1]]
-                known = job.id in self.admitted or job.id in self.reservations
-                if known or end_if_started(job, self.state, self.now) > due:
+                if job.id in self.admitted or job.id in self.reservations:
                     continue
-                if not self._admit_in_time(job, options):
+                end = end_if_started(job, self.state, self.now)
+                in_time = [option for due, option in dated if end <= due]
+                if in_time and not self._admit_in_time(job, in_time) and len(in_time) == len(options):
                     break
         finally:
             self._put_back()
+        self._loosened |= len(self.admitted) > before
         return turn.job_id in self.admitted
 
-    def _admit_in_time(self, job: Job, options: tuple[Option, ...]) -> bool:
+    def _due(self, option: Option) -> float:
+        """When the first reservation on these classes is due; -inf where nobody knows."""
+        classes = class_ids(option.classes)
+        dates = [each.at for each in self.reservations.values() if each.classes & classes]
+        return -inf if inf in dates else min(dates, default=inf)
+
+    def _admit_in_time(self, job: Job, options: Sequence[Option]) -> bool:
         for option in options:
             gang = self.within_quota(job, option)
             places = None if gang is None else self.place(gang, option)
@@ -470,11 +497,8 @@ class Cycle:
             return None
         self._searches += 1
         if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self._owed(), self._stopped)
-        spared = frozenset(self._stopped)
-        return evict(
-            job, option.kind, self.state, option.classes, self._owed(), self.now, spared, self._wake_at
-        )
+            return self._outlast().evict(job, option.classes, self._owed(), set(self._stopped))
+        return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
 
     def _outlast(self) -> Outlast:
         if self._victims is None:
@@ -548,16 +572,17 @@ class Cycle:
         return mask
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
-        within = True
         quota = self.state.books.quota
+        within: tuple[bool, ...] = (True,) * len(quota.path(queue))
         if quota.limited:
             if group is not None:
                 gang = group.shape.gang
-                options = self.notes.options.of(queue, gang)
                 units = gang.minimum * gang.bundle.gpu_units
-                within = any(quota.fits_nominal(queue, option.kind, units) for option in options)
+                kinds = {option.kind for option in self.notes.options.of(queue, gang)}
             else:
-                within = any(quota.fits_nominal(queue, kind, 1) for kind in (*quota.kinds, ANY))
+                units, kinds = 1, {*quota.kinds, ANY}
+            nothing = (False,) * len(within)
+            within = max((quota.within(queue, kind, units) for kind in kinds), default=nothing)
         return queue_key(queue, within, self.state)
 
     def _feasible(self, job: Job) -> bool:

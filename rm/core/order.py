@@ -98,8 +98,10 @@ def group_key(turn: Turn, state: ClusterState, now: float, given: Given) -> tupl
             return (-group.priority, standing, turn.seq)
 
 
-def queue_key(queue: str, within_nominal: bool, state: ClusterState) -> tuple[object, ...]:
-    """Where a queue stands among the queues: lower comes first."""
+def queue_key(queue: str, within: tuple[bool, ...], state: ClusterState) -> tuple[object, ...]:
+    """Where a queue stands among the queues: lower comes first. `within`: see `QuotaTree.within`."""
     quota = state.books.quota
-    shares = tuple(quota.share(name) for name in quota.path(queue))
-    return (not within_nominal, shares, quota.share_of_nominal(queue), queue)
+    levels = tuple(
+        (not owns, quota.share(name)) for owns, name in zip(within, quota.path(queue), strict=True)
+    )
+    return (not any(within), levels, quota.share_of_nominal(queue), queue)

@@ -14,10 +14,10 @@ Sources: Kueue, `pkg/scheduler/preemption`; scheduling.md of this project's desi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rm.core.backfill import Reservation, class_ids, coming, needs
+from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, StopCause
 from rm.core.policy import Preempt, Reclaim
@@ -68,18 +68,29 @@ def loss(job: Job, now: float) -> float:
 
 
 def in_transit(
-    job: Job, state: ClusterState, classes: Sequence[NodeClass], owed: Mapping[str, int], now: float
+    job: Job, kind: str, state: ClusterState, classes: Sequence[NodeClass], promised: Promised, now: float
 ) -> Reservation | None:
-    """The reservation of what is on its way back already, where that is enough for `job`."""
-    if not state.books.ending:
+    """The reservation of what is on its way back already, GPUs and quota, where that is enough for `job`."""
+    if not state.books.ending and not promised.stopped:
         return None
-    relief = Relief(job.gang, state.capacity, classes, owed)
-    met = [each for each in coming(state, job.id) if relief.give(each.gang.bundle, _attempt(each))]
-    places = relief.places() if met else None
+    quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+    back = list(coming(state, job.id, promised))
+    short = quota.available(job.queue, kind) < units
+    charged = _quota_back(state, promised)
+    for entry in charged:
+        quota.add(*entry)
+    enough = quota.available(job.queue, kind) >= units
+    for queue, of_kind, change in reversed(charged):
+        quota.add(queue, of_kind, -change)
+    if not enough:
+        return None
+    relief = Relief(job.gang, state.capacity, classes, promised.owed)
+    met = [each for each in back if relief.give(each.gang.bundle, _attempt(each))]
+    places = relief.places() if met or short else None
     if places is None:
         return None
-    evicted = tuple(each.id for each in met if _attempt(each).stop_by == job.id)
-    counted = frozenset((each.id, each.attempts) for each in met)
+    evicted = tuple(each.id for each in back if _attempt(each).stop_by == job.id)
+    counted = frozenset((each.id, each.attempts) for each in (back if short else met))
     return Reservation(job.id, now, needs(job, places), class_ids(classes), counted, evicted)
 
 
@@ -88,21 +99,19 @@ def evict(
     kind: str,
     state: ClusterState,
     classes: Sequence[NodeClass],
-    owed: Mapping[str, int],
+    promised: Promised,
     now: float,
-    spared: frozenset[str],
     wake: Callable[[float], None],
 ) -> Eviction | None:
     """The victims whose GPUs and quota let `job` start, or None where no set of victims would.
 
-    `spared`: attempts that this cycle has started or stopped. `wake(at)` is told when somebody who is protected by
-    `min_runtime` now could be evicted.
+    `wake(at)` is told when somebody who is protected by `min_runtime` now could be evicted.
     """
     quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
-    relief = Relief(job.gang, state.capacity, classes, owed)
-    on_their_way = list(coming(state, job.id))
-    for each in on_their_way:
-        relief.give(each.gang.bundle, _attempt(each))
+    relief = Relief(job.gang, state.capacity, classes, promised.owed)
+    on_their_way = list(coming(state, job.id, promised))
+    for other in on_their_way:
+        relief.give(other.gang.bundle, _attempt(other))
     charged: list[tuple[str, str, int]] = []
 
     def charge(candidate: _Candidate, sign: int) -> None:
@@ -115,19 +124,19 @@ def evict(
 
     chosen: list[_Candidate] = []
     try:
-        candidates = sorted(_candidates(job, state, kind, now, spared, wake), key=lambda each: each.rank(now))
-        for other in on_their_way:
-            if other.queue in state.policy.queues:
-                entry = other.queue, state.books.kind(_attempt(other)), -other.held_units
-                quota.add(*entry)
-                charged.append(entry)
+        candidates = sorted(
+            _candidates(job, state, kind, now, promised.stopped, wake), key=lambda each: each.rank(now)
+        )
+        charged += _quota_back(state, promised)
+        for entry in charged:
+            quota.add(*entry)
         if enough():
             candidates = []  # what is on its way back will do
         elif not candidates:
             return None
         for each in candidates[:MOST_CANDIDATES]:
             its_kind = state.books.kind(each.part)
-            if each.borrowing and not quota.borrows(each.job.queue, its_kind):
+            if each.borrowing and not quota.may_reclaim(job.queue, units, each.job.queue, its_kind):
                 continue  # the victims before it have brought its queue back to what it owns
             useful = relief.give(each.job.gang.bundle, each.part)
             if not useful and (its_kind != kind or quota.available(job.queue, kind) >= units):
@@ -170,7 +179,7 @@ def _candidates(
     state: ClusterState,
     kind: str,
     now: float,
-    spared: frozenset[str],
+    spared: Collection[str],
     wake: Callable[[float], None],
 ) -> Iterator[_Candidate]:
     queue = state.policy.queues[job.queue]
@@ -178,8 +187,16 @@ def _candidates(
     units = job.gang.minimum * job.gang.bundle.gpu_units
     inside = queue.preempt is Preempt.LOWER
     across = (
-        queue.reclaim is not Reclaim.NEVER and quota.limited and quota.fits_nominal(job.queue, kind, units)
+        queue.reclaim is not Reclaim.NEVER and quota.limited and any(quota.within(job.queue, kind, units))
     )
+    lawful: dict[tuple[str, str], bool] = {}
+
+    def borrows(queue: str, its_kind: str) -> bool:
+        key = queue, its_kind
+        if key not in lawful:
+            lawful[key] = quota.may_reclaim(job.queue, units, queue, its_kind)
+        return lawful[key]
+
     for other_id in state.books.charged_jobs():
         other = state.jobs[other_id]
         attempt = other.attempt
@@ -188,7 +205,7 @@ def _candidates(
         if attempt.phase is Phase.RELEASING:
             continue
         same = other.queue == job.queue
-        borrowing = across and not same and quota.borrows(other.queue, state.books.kind(attempt))
+        borrowing = across and not same and borrows(other.queue, state.books.kind(attempt))
         if same:
             allowed = inside and other.priority < job.priority
         else:
@@ -216,6 +233,16 @@ def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
     spare_s = max(job.min_runtime_s, state.policy.min_runtime_s)
     since = attempt.started_at if attempt.started_at is not None else attempt.admitted_at
     return max(attempt.admitted_at + AT_ONCE_S, since + spare_s)
+
+
+def _quota_back(state: ClusterState, promised: Promised) -> list[tuple[str, str, int]]:
+    """What the queues are charged less when all that is ending has ended. What is kept for others stays charged."""
+    ending = [state.jobs[job_id] for job_id in (*state.books.ending, *promised.stopped)]
+    return [
+        (each.queue, state.books.kind(_attempt(each)), -each.held_units)
+        for each in ending
+        if each.queue in state.policy.queues
+    ]
 
 
 def _attempt(job: Job) -> Attempt:

@@ -49,6 +49,15 @@ class _Tally:
             above = min(above, lent_free + self.borrow)
         return self.local_free + above
 
+    def most(self) -> int:
+        """`available` if nothing were in use."""
+        if self.parent is None:
+            return self.quota
+        above = self.parent.most()
+        if self.borrow is not None:
+            above = min(above, self.quota - self.local + self.borrow)
+        return self.local + above
+
     def add(self, units: int) -> None:
         beyond = units - self.local_free if units > 0 else units
         if units < 0:
@@ -69,6 +78,7 @@ class QuotaTree:
         self.limited = any(queue.nominal is not None for queue in policy.queues.values())
         self._capacity: dict[str, int] = {}
         self._trees: dict[str, dict[str, _Tally]] = {}
+        self._paths: dict[str, tuple[str, ...]] = {}
         self._lent: dict[str, tuple[int, int]] = {}
         """Kind → what all queues lend together, and what they keep for themselves."""
         self.resize(capacity or {})
@@ -106,34 +116,38 @@ class QuotaTree:
 
     def most(self, queue: str, kind: str) -> int:
         """What the queue could hold if nothing else ran."""
-        if not self.limited:
-            return UNLIMITED
-        tally: _Tally | None = self._tree(kind)[queue]
-        most = UNLIMITED
-        while tally is not None:
-            limit = UNLIMITED if tally.borrow is None else tally.quota + tally.borrow
-            most = min(most, tally.quota if tally.parent is None else limit)
-            tally = tally.parent
-        return most
+        return self._tree(kind)[queue].most() if self.limited else UNLIMITED
 
-    def fits_nominal(self, queue: str, kind: str, units: int) -> bool:
-        """Whether the queue, or a team above it, stays within what it owns after taking `units` more."""
+    def within(self, queue: str, kind: str, units: int) -> tuple[bool, ...]:
+        """From the top of the tree down to the queue: who stays within what it owns if the queue takes `units`."""
+        levels: list[bool] = []
         tally: _Tally = self._tree(kind)[queue]
         while tally.parent is not None:
-            if tally.usage + units <= tally.quota:
-                return True
-            units -= tally.local_free
+            levels.append(tally.usage + units <= tally.quota)
+            units = max(0, units - tally.local_free)
             tally = tally.parent
-        return False
+        return tuple(reversed(levels))
 
     def borrows(self, queue: str, kind: str) -> bool:
-        """Whether the queue and every team above it use more than they own."""
+        """Whether the queue uses more than it owns."""
         tally: _Tally = self._tree(kind)[queue]
-        while tally.parent is not None:
-            if tally.usage <= tally.quota:
-                return False
-            tally = tally.parent
-        return True
+        return tally.usage > tally.quota
+
+    def may_reclaim(self, queue: str, units: int, from_queue: str, kind: str) -> bool:
+        """Whether `units` more of `queue` have a better right than what `from_queue` holds.
+
+        Compared below the first team that both belong to: the one side borrows from it all the way down to the
+        victim's queue, the other stays within what it owns at some level. What a team's queues borrow from each
+        other is thus theirs to settle, and a team within its own loses nothing to another.
+        """
+        mine, theirs = self.path(queue), self.path(from_queue)
+        shared = 0
+        while shared < min(len(mine), len(theirs)) and mine[shared] == theirs[shared]:
+            shared += 1
+        tree = self._tree(kind)
+        if any(tree[name].usage <= tree[name].quota for name in theirs[shared:]):
+            return False
+        return any(self.within(queue, kind, units)[shared:])
 
     def add(self, queue: str, kind: str, units: int) -> None:
         """Charge `units` (negative: give back)."""
@@ -162,12 +176,11 @@ class QuotaTree:
 
     def path(self, queue: str) -> tuple[str, ...]:
         """The queue's ancestors from the top down, itself last."""
-        names: list[str] = []
-        name: str | None = queue
-        while name is not None:
-            names.append(name)
-            name = self._policy.queues[name].parent
-        return tuple(reversed(names))
+        known = self._paths.get(queue)
+        if known is None:
+            parent = self._policy.queues[queue].parent
+            known = self._paths[queue] = (*(self.path(parent) if parent is not None else ()), queue)
+        return known
 
     def usages(self) -> dict[tuple[str, str], int]:
         """(queue, kind) → units, without zeros: what `ClusterState.check` compares."""

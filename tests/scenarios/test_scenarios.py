@@ -1,0 +1,101 @@
+"""Plays the scenario files beside it: jobs, nodes and ends in, exact decisions and reasons out.
+
+README.md has the format. Each file ends with a steady round in which time passes and nothing may change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stage import Stage, describe, read_policy, request_of
+
+from rm.core import reasons
+from rm.core.cycle import why
+from rm.core.shapes import resolve
+from rm.errors import RmError
+
+HERE = Path(__file__).parent
+FILES = sorted(HERE.glob("*.yaml"))
+EXPECTED = {"decisions", "waiting", "ended", "refused", "cut"}
+STIMULI = {
+    "now", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail", "lost", "unready",
+    "checkpoint", "cancel", "hold", "unhold", "submit", "steady", "note",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_scenario(path: Path) -> None:
+    story = yaml.safe_load(path.read_text())
+    stage = Stage(policy=read_policy(story.get("policy", {})))
+    rounds = story["rounds"]
+    assert "steady" in rounds[-1], "a scenario ends with a steady round"
+    for number, words in enumerate(rounds, 1):
+        where = f"{path.name}, round {number}"
+        assert not set(words) - EXPECTED - STIMULI, f"{where}: {set(words) - EXPECTED - STIMULI}"
+        if "steady" in words:
+            _steady(stage, words["steady"], where)
+            continue
+        stage.now = float(words.get("now", stage.now))
+        before = set(stage.ended)
+        stage.play(words)
+        assert stage.decisions() == words.get("decisions", []), where
+        ended = {job_id: str(stage.ended[job_id].status) for job_id in stage.ended if job_id not in before}
+        assert ended == words.get("ended", {}), where
+        _compare_waiting(stage, words.get("waiting", {}), where)
+        _requests(stage, words, where)
+
+
+def _compare_waiting(stage: Stage, expected: dict[str, Any], where: str) -> None:
+    """Every waiting job is listed, with its code, and the evidence that matters."""
+    found = waiting(stage)
+    wanted = {name: ([said] if isinstance(said, str) else said) for name, said in expected.items()}
+    assert {name: reason.code for name, reason in found.items()} == {
+        name: code for name, (code, *_) in wanted.items()
+    }, f"{where}: {dict(found)}"
+    for name, (_, *evidence) in wanted.items():
+        for key, value in (evidence[0] if evidence else {}).items():
+            assert found[name].evidence.get(key) == value, f"{where}: {name}: {key} in {found[name]}"
+        assert found[name].message
+
+
+def waiting(stage: Stage) -> dict[str, reasons.Reason]:
+    queued = sorted(
+        (job for job in stage.state.jobs.values() if job.attempt is None), key=lambda job: job.seq
+    )
+    return {job.id: why(stage.state, job, stage.now) for job in queued}
+
+
+def _requests(stage: Stage, words: dict[str, Any], where: str) -> None:
+    """`cut`: how a request is cut. `refused`: what a refusal says."""
+    for asked, gang in words.get("cut", []):
+        assert describe(resolve(request_of(dict(asked)), stage.state.node_shapes())) == gang, (where, asked)
+    for asked, message in words.get("refused", []):
+        with pytest.raises(RmError) as caught:
+            resolve(request_of(dict(asked)), stage.state.node_shapes())
+        assert message in str(caught.value), (where, asked)
+
+
+def _steady(stage: Stage, seconds: float, where: str) -> None:
+    """Time passes, nothing happens: nothing is decided, no record changes, no reason changes."""
+    jobs, codes = dict(stage.state.jobs), {name: reason.code for name, reason in waiting(stage).items()}
+    due = stage.state.next_due(stage.now)
+    stage.now += seconds
+    assert due is None or due > stage.now, f"{where}: something is due at {due}: not steady"
+    stage.play({})
+    assert stage.decisions() == [], where
+    assert stage.state.jobs == jobs, where
+    assert {name: reason.code for name, reason in waiting(stage).items()} == codes, where
+
+
+def test_every_reason_that_the_core_gives_is_in_some_scenario() -> None:
+    given = set()
+    for path in FILES:
+        for words in yaml.safe_load(path.read_text())["rounds"]:
+            for said in words.get("waiting", {}).values():
+                given.add(said if isinstance(said, str) else said[0])
+    every = {value for name, value in vars(reasons).items() if name.isupper()}
+    # These two come with scale-up.
+    assert given == every - {reasons.NODE_BOOTING, reasons.LAUNCH_FAILED}
