@@ -23,7 +23,7 @@ the same state and time plans nothing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Self
@@ -38,6 +38,7 @@ from rm.core.backfill import (
     reserve,
     still_good,
 )
+from rm.core.books import START_S
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
@@ -113,6 +114,8 @@ class Cycle:
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
+        self._full_in_time: set[tuple[str, str, Gang]] = set()
+        """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
         self._evictors: set[str] | None = None
@@ -202,6 +205,7 @@ class Cycle:
         self._put_back()
         self.closed.clear()
         self._full.clear()
+        self._full_in_time.clear()
         self.first_blocked = None
         self._fit_in_time = 0
 
@@ -408,10 +412,7 @@ class Cycle:
         self._charge(*kept)
         self._kept_quota[job.id] = kept
         self._hold(reservation)
-        if any(each.at > self.now and each.at != inf for each in self.reservations.values()):
-            self._lift()
-            self._fit_in_time = self._fitting()
-            self._put_back()
+        self._fit_in_time = self._fitting_in_time() if self.holds else 0
 
     def _hold(self, reservation: Reservation) -> None:
         for node_id in reservation.need:
@@ -454,25 +455,41 @@ class Cycle:
         group = turn.group
         if not self._fit_in_time & group.shape.bit:
             return False
+        same = group.queue, group.owner, group.shape.gang
+        if same in self._full_in_time:
+            return False
         before = len(self.admitted)
-        dated = [(self._due(option), option) for option in options]
-        last = min(len(group.jobs), turn.index + BACKFILL_DEPTH)
-        if last < len(group.jobs):
-            self.bounds.add("backfill_depth")
+        candidates = list(self._short_enough(turn, options))
+        if not candidates:
+            return False
         self._lift()
         try:
-            for index in range(turn.index, last):
-                job = self.state.jobs[group.jobs[index][1]]
-                if job.id in self.admitted or job.id in self.reservations:
-                    continue
-                end = end_if_started(job, self.state, self.now)
-                in_time = [option for due, option in dated if end <= due]
-                if in_time and not self._admit_in_time(job, in_time) and len(in_time) == len(options):
+            for job, in_time in candidates:
+                if not self._admit_in_time(job, in_time) and len(in_time) == len(options):
+                    self._full_in_time.add(same)
                     break
         finally:
             self._put_back()
         self._loosened |= len(self.admitted) > before
         return turn.job_id in self.admitted
+
+    def _short_enough(self, turn: Turn, options: Sequence[Option]) -> Iterator[tuple[Job, list[Option]]]:
+        """The jobs of the group that end before a reservation is due, with the options for which they do."""
+        dated = [(due, option) for option in options if (due := self._due(option)) > self.now]
+        if not dated:
+            return
+        jobs = turn.group.jobs
+        last = min(len(jobs), turn.index + BACKFILL_DEPTH)
+        if last < len(jobs):
+            self.bounds.add("backfill_depth")
+        for index in range(turn.index, last):
+            job = self.state.jobs[jobs[index][1]]
+            if job.id in self.admitted or job.id in self.reservations:
+                continue
+            end = end_if_started(job, self.state, self.now)
+            in_time = [option for due, option in dated if end <= due]
+            if in_time:
+                yield job, in_time
 
     def _due(self, option: Option) -> float:
         """When the first reservation on these classes is due; -inf where nobody knows."""
@@ -569,6 +586,24 @@ class Cycle:
         for shape in self.state.pending.shapes.values():
             if may_fit(shape.gang, capacity.matching(shape.gang)):
                 mask |= shape.bit
+        return mask
+
+    def _fitting_in_time(self) -> int:
+        """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
+        last = max((each.at for each in self.reservations.values() if each.at != inf), default=self.now)
+        most_s = last - self.now - START_S
+        if most_s <= 0:
+            return 0
+        predicted = self.state.policy.predicted_limits
+        short = 0
+        for shape in self.state.pending.shapes.values():
+            if predicted or (shape.limits_s and shape.limits_s[0] <= most_s):
+                short |= shape.bit
+        if not short:
+            return 0
+        self._lift()
+        mask = self._fitting() & short
+        self._put_back()
         return mask
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:

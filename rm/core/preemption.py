@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, StopCause
-from rm.core.policy import Preempt, Reclaim
+from rm.core.policy import ANY, Preempt, Reclaim
 from rm.core.relief import Relief
 from rm.core.state import ClusterState
 
@@ -197,7 +197,14 @@ def _candidates(
             lawful[key] = quota.may_reclaim(job.queue, units, queue, its_kind)
         return lawful[key]
 
-    for other_id in state.books.charged_jobs():
+    runs, kinds = state.books.runs, (*quota.kinds, ANY)
+    lawful_queues = [
+        each
+        for each in runs
+        if each == job.queue
+        or (across and each in state.policy.queues and any(borrows(each, its_kind) for its_kind in kinds))
+    ]
+    for other_id in (other_id for each in lawful_queues for other_id in runs[each]):
         other = state.jobs[other_id]
         attempt = other.attempt
         if attempt is None or not other.preemptible or other_id in spared or other_id in state.books.ending:
