@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rm.core.policy import ANY, DAY_S, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT, gpu_count, gpu_units
 from rm.errors import InvalidSpec
-from rm.lending import owned
+from rm.lending import Owned, owned
 from rm.spec import PRIORITY_NAMES, did_you_mean, parse_duration
 from rm.yaml_text import Document, Path, read
 
@@ -427,8 +427,9 @@ def _doubts(settings: Settings) -> Iterator[str]:
                     yield f"{_dotted(place.at(name))}: no queue has a nominal quota, so nothing is limited"
         return
     yield from _uncovered(policy, places)
+    quotas = owned(policy)
     for place in places:
-        yield from _quota_doubts(policy, place)
+        yield from _quota_doubts(policy, place, quotas)
 
 
 def _idle_rules(settings: Settings, places: list[_Place]) -> Iterator[str]:
@@ -453,12 +454,12 @@ def _uncovered(policy: Policy, places: list[_Place]) -> Iterator[str]:
         names = ", ".join(place.name for place in plain)
         yield (
             f"{_dotted(plain[0].at('nominal'))}: {kind} is counted apart, because a quota names it; "
-            f"none of it is owned by {names}"
+            f"none of it is owned by {names}; `{kind}: 0` beside '*' says that it is meant"
         )
 
 
-def _quota_doubts(policy: Policy, place: _Place) -> Iterator[str]:
-    queue, quotas = place.queue, owned(policy)
+def _quota_doubts(policy: Policy, place: _Place, quotas: Mapping[tuple[str, str], Owned]) -> Iterator[str]:
+    queue = place.queue
     for kind, limit in (queue.lend_limit or {}).items():
         quota = quotas[place.name, kind].quota
         if gpu_units(limit) > quota:

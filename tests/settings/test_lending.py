@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.policy import ANY, Policy, QueuePolicy
@@ -35,6 +35,7 @@ def test_what_a_team_owns_is_its_own_and_what_is_lent_to_it() -> None:
     assert found["q2", ANY] == Owned(3, 3)
 
 
+@settings(deadline=None)
 @given(rows, amounts, st.integers(0, 40))
 def test_all_that_is_borrowed_comes_from_somebody(
     queues: list[tuple[str, int | None, int | None, int]], team: int | None, capacity: int

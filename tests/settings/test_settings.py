@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
@@ -302,6 +302,7 @@ files = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(files)
 def test_what_is_written_is_what_is_read(raw: dict[str, Any]) -> None:
     leaf = raw["queues"] or {}
@@ -325,6 +326,7 @@ MARKS = "queues default_queue nominal a b : , { } [ ] - & * ! !!int !!float !!bo
 words = st.sampled_from([*MARKS.split(), "\n", "\t"])
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=200), st.lists(words, max_size=40).map(" ".join)))
 def test_any_text_is_settings_or_an_error_of_ours(text: str) -> None:
     with contextlib.suppress(InvalidSpec):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.model import Status
@@ -163,6 +163,7 @@ JOBS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(POLICIES, POLICIES, JOBS)
 def test_no_change_has_no_consequences_and_any_change_is_told_of_real_jobs(
     old: str, new: str, jobs: list[tuple[str, float, str]]
