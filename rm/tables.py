@@ -19,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rm.views import EventView, JobView, NodeView
+    from rm.views import EventView, JobView, NodeView, QueueView
 
 PIPED_WIDTH = 100_000
 """Columns of a console that is no terminal: more than any table has."""
 LONGEST_METRIC = 60
-FOLDING = frozenset({"NAME", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
+FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
 """Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
 NARROWEST = 10
 BAR_CELLS = 16
@@ -182,6 +182,39 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
     names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
     return grid(names, rows, numbers)
+
+
+def queues_table(views: Sequence[QueueView]) -> Table:
+    """One row per queue, those below a queue indented under it. Amounts without a type: all types no quota names."""
+    depths: dict[str | None, int] = {None: -1}
+    rows = []
+    for view in views:
+        depth = depths[view.name] = depths.get(view.parent, -1) + 1
+        rows.append(
+            (
+                "  " * depth + plain(view.name),
+                by_kind(view.nominal),
+                by_kind(view.used),
+                by_kind(view.borrowed),
+                by_kind(view.lent),
+                f"{view.share:.0f}" if view.share >= 1 or not view.share else f"{view.share:.2g}",
+                str(view.running),
+                str(view.pending),
+                Text("stopped", style="yellow") if view.stopped else "",
+            )
+        )
+    numbers = {"NOMINAL", "USED", "BORROWED", "LENT", "SHARE", "RUNNING", "PENDING"}
+    names = ("QUEUE", "NOMINAL", "USED", "BORROWED", "LENT", "SHARE", "RUNNING", "PENDING", "")
+    return grid(names, rows, numbers)
+
+
+def by_kind(amounts: dict[str, float]) -> str:
+    """GPUs by kind: "8", "4 A100, 2 others", "–" for none."""
+    words = [f"{count:g} {plain(kind)}" for kind, count in sorted(amounts.items()) if kind != "*"]
+    others = amounts.get("*")
+    if others is not None:
+        words.append(f"{others:g} others" if words else f"{others:g}")
+    return ", ".join(words) or "–"
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
