@@ -57,6 +57,8 @@ EVICTIONS_PER_CYCLE = 16
 """Searches for victims in one cycle. Whoever is not reached waits for the next event."""
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
+FEW = 64
+"""Admissions in one cycle up to which it pays to ask after each one what still fits."""
 BACKFILL_DEPTH = 100
 """Jobs of one group that are asked whether they end before a reservation is due."""
 
@@ -110,7 +112,7 @@ class Cycle:
         self.bounds: set[str] = set()
         """Bounds that this cycle hit; their names go into the reasons."""
         self._events: list[JobAdmitted | StopRequested] = []
-        self._given: Given = {}
+        self._given = Given(state, now)
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
@@ -127,6 +129,7 @@ class Cycle:
         self._taken: dict[str, list[Taken]] = {}
         self._fresh: list[tuple[float, Job, Attempt]] = []
         self._searches = 0
+        self._cover: tuple[tuple[int, int], bool] | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -190,7 +193,7 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self.now, self._given)
+        line = Line(groups, self.state, self._given)
         while not self._finished() and self._serve(line):
             pass
 
@@ -222,7 +225,7 @@ class Cycle:
                 if not self._worth(state.pending.masks[queue], queue):
                     heapq.heappop(heap)
                     continue
-                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self.now, self._given)
+                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self._given)
             turn = line.first()
             if turn is None:
                 heapq.heappop(heap)
@@ -275,6 +278,8 @@ class Cycle:
         if not options or not self._feasible(job):
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
+            if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
+                self._fit &= self._fitting()
             return True
         if self._in_time(turn, options):
             return True
@@ -317,7 +322,7 @@ class Cycle:
         if most is None:
             return UNLIMITED
         held = self.state.books.held_by(job.queue, job.owner)
-        return most - held - self._given.get((job.queue, job.owner), 0)
+        return most - held - self._given.units(job.queue, job.owner)
 
     def place(self, gang: Gang, option: Option) -> tuple[PlacedBundle, ...] | None:
         classes = option.classes
@@ -331,8 +336,7 @@ class Cycle:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
         self._charge(job.queue, option.kind, units)
-        owner = job.queue, job.owner
-        self._given[owner] = self._given.get(owner, 0) + units
+        self._given.give(job.queue, job.owner, units)
         end = end_if_started(job, self.state, self.now)
         for each in places:
             taken = Taken((job.id, job.attempts + 1), each.slots, job.gang.bundle.gpu_units, end)
@@ -568,6 +572,12 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
+        counts = len(self.reservations), len(self.closed)
+        if self._cover is None or self._cover[0] != counts:
+            self._cover = counts, self._is_covered()
+        return self._cover[1]
+
+    def _is_covered(self) -> bool:
         classes = self.state.capacity.classes
         match self.state.policy.backfill:
             case Backfill.SKIP:
