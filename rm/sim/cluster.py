@@ -102,16 +102,17 @@ def parse_nodes(text: str, gpus_per_node: int, *, grows: bool = False) -> SimClu
     """The cluster that `--nodes` or, where it `grows`, `--autoscale` names. Raises InvalidSpec.
 
     `47`: so many nodes for all queues. `vcvGl=20,vcvlY=2`: nodes of their own. `40:A100,7:V100`: of GPU types. If it
-    grows, each count is a range: `4..47`.
+    grows, each count is a range: `4:47`.
     """
-    field, example = ("autoscale", "4..47") if grows else ("nodes", "47")
+    field, example = ("autoscale", "4:47") if grows else ("nodes", "47")
+    form = ("([0-9]{1,9}):" if grows else "()") + r"([0-9]{1,9})(?::([^\s:=]+))?"
     if gpus_per_node < 1:
         raise InvalidSpec(f"gpus_per_node: {gpus_per_node} is not at least 1", field="gpus_per_node")
     pools: dict[tuple[str, str], Pool] = {}
     for part in text.split(","):
         name, equals, rest = part.rpartition("=")
         name = name.strip()
-        found = re.fullmatch(r"(?:([0-9]{1,9})\.\.)?([0-9]{1,9})(?::([^\s:=]+))?", rest.strip())
+        found = re.fullmatch(form, rest.strip())
         least, most, gpu_type = found.groups(default="") if found else ("", "0", "")
         ordered = bool(least) == grows and int(least or 0) <= int(most) <= MOST_NODES
         if not (ordered and int(most)) or bool(equals) != bool(name):
