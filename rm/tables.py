@@ -90,7 +90,12 @@ def moment(at: float | None) -> str:
 def gpus(view: JobView) -> str:
     """ "2", "0.5", "8 (2 × 4)", "1 A100/H100"."""
     kind = f" {'/'.join(view.gpu_types)}" if view.gpu_types else ""
-    shape = f" ({view.bundles} × {view.gpus_per_bundle:g})" if view.bundles > 1 else ""
+    count = (
+        f"{view.least_bundles} to {view.bundles}"
+        if 0 < view.least_bundles < view.bundles
+        else f"{view.bundles}"
+    )
+    shape = f" ({count} × {view.gpus_per_bundle:g})" if view.bundles > 1 else ""
     return plain(f"{view.gpus:g}{kind}{shape}")
 
 
@@ -156,6 +161,8 @@ def _note(view: JobView) -> str:
     if view.ended_at is not None or view.status == "STOPPING":
         outcome = view.outcome or {}
         return "" if view.status == "SUCCEEDED" else str(outcome.get("message") or "")
+    if view.array_counts is not None:
+        return ", ".join(f"{count} {status}" for status, count in view.array_counts.items())
     if view.status == "QUEUED":
         return reason(view.reason)
     where = f"on {', '.join(view.nodes)}" if view.nodes else ""
@@ -279,6 +286,13 @@ def sentence(view: EventView) -> str:
             return f"{outcome.get('status')} {outcome.get('message') or ''}".strip()
         case "StopRequested":
             return f"{body.get('cause')}" + (f" by {body['by']}" if body.get("by") else "")
+        case "HoldChanged":
+            by = f" by {body['by']}" if body.get("by") else ""
+            return f"{'held' if body.get('held') else 'released'}{by}"
+        case "PolicyChanged":
+            queues = (body.get("policy") or {}).get("queues") or {}
+            by = f" by {body['by']}" if body.get("by") else ""
+            return f"{len(queues)} queues{by}"
         case "NodeJoined":
             return f"{body.get('name')} with {body.get('gpu_slots')} GPUs"
         case _:

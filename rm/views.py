@@ -6,11 +6,11 @@ Amounts of GPUs are counts (1.0 = one device), times are seconds since the epoch
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rm.core.capacity import usable
-from rm.core.model import Job, Node
+from rm.core.model import Job, Node, Status
 from rm.core.policy import ANY, Policy, QueuePolicy
 from rm.core.quota import QuotaTree
 from rm.core.reasons import Reason
@@ -51,6 +51,24 @@ class JobView:
     progress: dict[str, Any] | None = None
     """What rank 0 last gave to `rm.report()`: {"at": …, "metrics": {…}}."""
     command: str = ""
+    held: bool = False
+    held_by: str = ""
+    after: tuple[str, ...] = ()
+    """Jobs that must still succeed before it may start."""
+    evictions: int = 0
+    preemptible: bool = True
+    min_runtime_s: float = 0.0
+    checkpoint_at: float | None = None
+    """When the live attempt last said that it had saved its work."""
+    least_bundles: int = 0
+    """An elastic gang starts with so many; `bundles` is the most."""
+    held_gpus: float = 0.0
+    """What the live attempt holds now."""
+    array: str = ""
+    """The array that it is one of, with its place there in `array_index`."""
+    array_index: int | None = None
+    array_counts: dict[str, int] | None = None
+    """For an array as a whole: how many of its jobs have which status."""
 
     @property
     def ended(self) -> bool:
@@ -168,7 +186,55 @@ def job_view(
         outcome=asdict(job.outcome) if job.outcome else None,
         progress=progress,
         command=command,
+        held=job.held,
+        held_by=job.held_by,
+        after=job.after,
+        evictions=job.evictions,
+        preemptible=job.preemptible,
+        min_runtime_s=job.min_runtime_s,
+        checkpoint_at=job.attempt.checkpoint_at if job.attempt else None,
+        least_bundles=job.gang.minimum,
+        held_gpus=gpu_count(job.held_units),
+        array=job.array,
+        array_index=job.array_index,
     )
+
+
+def array_view(array_id: str, first: JobView, tally: Mapping[Status, int], ended_at: float | None) -> JobView:
+    """A whole array as one job: `first` of its jobs with the status of all. `ended_at`: of the last, if all ended."""
+    return replace(
+        first,
+        id=array_id,
+        status=str(_whole(tally)),
+        attempts=0,
+        failures=0,
+        infra_failures=0,
+        evictions=0,
+        started_at=None,
+        ended_at=ended_at,
+        nodes=(),
+        reason=None,
+        outcome=None,
+        progress=None,
+        checkpoint_at=None,
+        held_gpus=0.0,
+        held=False,
+        held_by="",
+        array=array_id,
+        array_index=None,
+        array_counts={str(status): tally[status] for status in Status if tally.get(status)},
+    )
+
+
+_WORST_FIRST = (
+    Status.RUNNING, Status.RESERVING, Status.STOPPING, Status.QUEUED, Status.FAILED, Status.TIMED_OUT,
+    Status.CANCELLED,
+)  # fmt: skip
+
+
+def _whole(tally: Mapping[Status, int]) -> Status:
+    """RUNNING while any of them does; ended only when all have; SUCCEEDED only if all did."""
+    return next((status for status in _WORST_FIRST if tally.get(status)), Status.SUCCEEDED)
 
 
 def node_view(node: Node, jobs: tuple[str, ...]) -> NodeView:

@@ -119,6 +119,13 @@ class FakeClient(Client):
         self.views[job_id] = replace(self.on_job(job_id), status="CANCELLED", ended_at=1_700_000_200.0)
         return self.views[job_id]
 
+    def on_hold(self, job_id: str, by: str, *, held: bool) -> JobView:
+        self.views[job_id] = replace(self.on_job(job_id), held=held, held_by=by if held else "")
+        return self.views[job_id]
+
+    def on_array(self, array_id: str) -> list[JobView]:
+        return [each for each in self.views.values() if each.array == array_id and each.array_counts is None]
+
     def on_why(self, job_id: str) -> dict[str, Any]:
         return self.reasons[job_id]
 
