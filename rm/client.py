@@ -27,7 +27,7 @@ from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
 from rm.spec import RESOURCE_FIELDS, Config, JobSpec, build_spec, default_owner, did_you_mean
 from rm.submission import Environment, submitter_environment
-from rm.views import EventView, JobView, NodeView
+from rm.views import EventView, JobView, NodeView, QueueView
 
 HEARTBEAT_S = 2.0
 """How often an attached client says that it is alive."""
@@ -208,6 +208,11 @@ class Client:
         """
         answer: dict[str, Any] = self._allocator("apply", text, self.owner, dry_run=dry_run)
         return answer
+
+    def queues(self) -> list[QueueView]:
+        """The tree of queues: what each owns, uses, borrows and lends."""
+        queues: list[QueueView] = self._allocator("queues")
+        return queues
 
     def policy(self) -> dict[str, Any]:
         """The rules in force: `policy`, the `text` of the rm.yaml that they came from, `by` whom, `at` what time."""

@@ -25,9 +25,31 @@ class Why(dict[str, Any]):
 
     def __str__(self) -> str:
         advice = f" ({self['advice']})" if self.get("advice") else ""
-        return f"{self['code']}: {self['message']}{advice}"
+        start = f"; {self.start}" if self.start else ""
+        return f"{self['code']}: {self['message']}{advice}{start}"
 
     __repr__ = __str__
+
+    @property
+    def start(self) -> str:
+        """When it will start, in words; empty where it does not wait for GPUs."""
+        forecast = self.get("start")
+        if not forecast:
+            return ""
+        p50_s, p90_s = forecast["p50_s"], forecast["p90_s"]
+        if p50_s is None:
+            return f"no estimate of its start: {forecast['basis']}"
+        late = "later than can be told" if p90_s is None else f"{about(p90_s)} in the worst of ten cases"
+        return f"it will start in {about(p50_s)}, {late} (estimated)"
+
+
+def about(seconds: float) -> str:
+    """A duration as people say it: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    for unit, size, least in (("days", 86_400, 2), ("h", 3_600, 2), ("min", 60, 2)):
+        if seconds >= least * size:
+            count = seconds / size
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "min" else f"{count:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class Job:

@@ -202,6 +202,8 @@ def why(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
         show(Padding(tables.facts_table(evidence.items()), (0, 0, 0, 2)))
     if answer.get("advice"):
         show(tables.plain(answer["advice"]))
+    if answer.start:
+        show(tables.plain(answer.start))
     return 0
 
 

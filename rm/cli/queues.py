@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import Annotated
 
 import typer
 
@@ -13,17 +13,6 @@ from rm.cli.screen import note, show, show_json
 from rm.cli.session import AsJson, connect
 from rm.errors import InvalidSpec
 
-if TYPE_CHECKING:
-    from rm.views import QueueView
-
-
-class Administers(Protocol):
-    """What the two commands ask of the client."""
-
-    def apply(self, text: str, *, dry_run: bool = False) -> dict[str, Any]: ...
-
-    def queues(self) -> list[QueueView]: ...
-
 
 def list_queues(ctx: typer.Context, as_json: AsJson = False) -> int:
     """The tree of queues: what each owns, uses, borrows and lends.
@@ -31,7 +20,7 @@ def list_queues(ctx: typer.Context, as_json: AsJson = False) -> int:
     Amounts are GPUs. A queue with others below it counts these in. SHARE is what it borrows, as thousandths of all
     that can be lent, by its weight: the lowest comes first.
     """
-    views = cast("Administers", connect(ctx)).queues()
+    views = connect(ctx).queues()
     if as_json:
         show_json([view.to_dict() for view in views])
     else:
@@ -53,7 +42,7 @@ def apply(
     --dry-run that is all.
     """
     text = _text(file)
-    answer = cast("Administers", connect(ctx)).apply(text, dry_run=dry_run)
+    answer = connect(ctx).apply(text, dry_run=dry_run)
     if as_json:
         show_json(answer)
         return 0

@@ -15,7 +15,7 @@ import shlex
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
-from importlib import import_module
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -23,6 +23,7 @@ import ray
 import rm
 from rm.core.cycle import why
 from rm.core.events import CheckpointReported, HoldChanged, StopRequested
+from rm.core.forecast import Twin
 from rm.core.model import TERMINAL, Job, Kind, Status, StopCause, attempt_key
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
@@ -42,8 +43,20 @@ from rm.runtime.nodes import NodeWatch
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.writer import Writer
+from rm.settings import Settings
+from rm.settings_change import consequences
 from rm.spec import Config, JobSpec
-from rm.views import EventView, JobView, NodeView, array_view, job_view, node_view, reason_dict
+from rm.views import (
+    EventView,
+    JobView,
+    NodeView,
+    QueueView,
+    array_view,
+    job_view,
+    node_view,
+    queue_views,
+    reason_dict,
+)
 
 log = logging.getLogger("rm.allocator")
 
@@ -305,7 +318,10 @@ class Allocator:
         return {job_id: (await self._look(job_id)).status for job_id in job_ids}
 
     async def why(self, job_id: str) -> dict[str, Any]:
-        """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so."""
+        """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so.
+
+        `start`: when a waiting job will start, see `forecast`.
+        """
         await self._up()
         job = await self._find_any(job_id)
         if isinstance(job, Counter):
@@ -314,6 +330,8 @@ class Allocator:
             job = (waiting or live or [await self._find(f"{job_id}_0")])[0]
         reason = reason_dict(self._reason(job) or _not_waiting(job))
         assert reason is not None
+        if job.status is Status.QUEUED and not job.held:
+            reason["start"] = await self.forecast(job.id)
         return reason
 
     async def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
@@ -371,13 +389,33 @@ class Allocator:
     async def apply(self, text: str, by: str, *, dry_run: bool = False) -> dict[str, Any]:
         """Put the rules of an rm.yaml in force. Returns `applied`, `warnings`, `consequences`. Raises InvalidSpec."""
         await self._up()
-        rules = import_module("rm.settings")
-        settings = rules.parse_settings(text)
-        policy = settings.policy()
-        effects = rules.consequences(self._writer.state, policy)
+        settings = Settings.parse(text)
+        policy, state = settings.policy(), self._writer.state
+        effects = consequences(
+            state.jobs.values(), state.nodes.values(), state.policy, policy, state.launchable
+        )
         if not dry_run:
             await self.apply_policy(policy, text, by)
-        return {"applied": not dry_run, "warnings": list(settings.warnings), "consequences": effects}
+        return {
+            "applied": not dry_run,
+            "warnings": [str(each) for each in settings.warnings()],
+            "consequences": [str(each) for each in effects],
+        }
+
+    async def queues(self) -> list[QueueView]:
+        """The tree of queues with what each owns, uses and borrows."""
+        await self._up()
+        state = self._writer.state
+        return queue_views(state.policy, state.books.quota, state.jobs.values(), state.capacity.by_type())
+
+    async def forecast(self, job_id: str) -> dict[str, Any]:
+        """When a queued job will start: `p50_s`, `p90_s` from now (None without a basis), and `basis`."""
+        await self._up()
+        job = await self._find(job_id)
+        if job.status is not Status.QUEUED:
+            return {"p50_s": None, "p90_s": None, "basis": f"it does not wait: it is {job.status}"}
+        twin = Twin(self._writer.state, time.time())
+        return asdict(await asyncio.to_thread(twin.forecast, job_id))
 
     async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
         """Put these rules in force. Durable when this returns; what runs goes on unless the rules reclaim it."""
