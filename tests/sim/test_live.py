@@ -237,7 +237,7 @@ def test_what_never_starts_is_said_with_the_reason() -> None:
         "capped", "", Policy(queues={"a": QueuePolicy("a", max_gpus_per_owner=GPU_UNIT)}, default_queue="a")
     )
     with pytest.raises(
-        Infeasible, match=r"capped: job big of queue a never starts \(WaitingForQuota: .*1 of 2 jobs"
+        Infeasible, match=r"capped: job big of queue a never starts \(ExceedsQuota: .*1 of 2 jobs"
     ):
         policy.replay(
             [TraceJob("small", 0, 1, 1, queue="a"), TraceJob("big", 0, 1, 2, queue="a")], parse_nodes("1", 8)
