@@ -33,7 +33,9 @@ def reason_of(cycle: Cycle, job: Job) -> Reason:
     mark = capacity.mark()
     try:
         for node_id, units in reservation.need.items():
-            capacity.keep_free(node_id, -min(units, cycle.holds.get(node_id, 0)))
+            held = cycle.holds.get(node_id, 0)
+            alone = sum(node_id in each.need for each in cycle.reservations.values()) == 1
+            capacity.keep_free(node_id, -(held if alone else min(units, held)))
         return _reason_of(cycle, job)
     finally:
         capacity.rollback(mark)

@@ -1,0 +1,279 @@
+"""Breaks each rule of the scheduler by hand, one at a time, and demands that a test notices.
+
+    python benchmarks/mutations.py [WORD ...]      # only the mutations whose rule or file has one of the words
+
+Each mutation is applied to a copy of the package that the tests then import. It is killed by tests/core and
+tests/scenarios, or at the latest by a short run of tests/properties. Exit status 1 where one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+FAST = ("tests/core", "tests/scenarios")
+SLOW = ("tests/properties",)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """`old` stands in `file` exactly once; `new` takes its place."""
+
+    rule: str
+    file: str
+    old: str
+    new: str
+
+
+M = Mutation
+MUTATIONS = (
+    # --- request ---
+    M("a share needs one device", "resources", "return any(free >= units for free in self.free)",
+      "return sum(self.free) >= units"),
+    M("a share goes to the fullest device", "resources", "slots = (min((i for", "slots = (max((i for"),
+    M("strangers' GPUs are not ours", "capacity",
+      "return node.devices.without_foreign(node.foreign_units) if node.foreign_units else node.devices",
+      "return node.devices"),
+    M("one bundle where it fits", "shapes", "if units <= largest or largest == 0:", "if units < GPU_UNIT:"),
+    M("fewest equal bundles", "shapes", "for count in cuts:", "for count in reversed(cuts):"),
+    M("nearest counts that work", "shapes", "for each in (gpus - step, gpus + step)", "for each in (gpus + step,)"),
+    M("never more than there is", "shapes", "if not feasible(gang, fitting):", "if False:"),
+    M("GPU types in order", "options", "for name in gang.gpu_types", "for name in reversed(gang.gpu_types)"),
+    M("a gang has one GPU type", "options",
+      "tuple(each for each in classes if each.key.gpu_type == name)", "tuple(classes)"),
+    M("a gang is feasible on one type", "placement", "if not gang.gpu_types:\n        return place(least",
+      "if True:\n        return place(least"),
+    M("a queue's labels", "options", "if labels else gang", "if False else gang"),
+    M("STRICT_PACK: one node", "placement", "if strict and fits < missing:", "if False:"),
+    M("STRICT_SPREAD: different nodes", "placement",
+      "if gang.strategy is Strategy.STRICT_SPREAD and len(nodes) < gang.count:", "if False:"),
+    M("SPREAD: different nodes", "placement", "if gang.strategy in (Strategy.PACK, Strategy.STRICT_PACK):",
+      "if gang.strategy is not Strategy.STRICT_SPREAD:"),
+    M("CPUs beside the GPUs", "capacity", "fits = min(fits, cpu_milli // bundle.cpu_milli)", "pass"),
+    M("memory beside the GPUs", "capacity", "fits = min(fits, memory_bytes // bundle.memory_bytes)", "pass"),
+    # --- placement ---
+    M("best fit", "placement", "enough = range(min(most + 1, missing * gpus), most + 1)",
+      "enough = range(most, min(most, missing * gpus - 1), -1)"),
+    M("best fit: few nodes", "placement", "fewer = range(min(most, missing * gpus - 1), gpus - 1, -1)",
+      "fewer = range(gpus, min(most, missing * gpus - 1) + 1)"),
+    M("elastic: more than the minimum", "placement", "low, best = middle + 1, places",
+      "return place(gang.sized(gang.minimum), capacity, classes)"),
+    M("elastic: starts below its count", "placement", "if places is not None or gang.minimum == gang.count:",
+      "if True:"),
+    # --- quota ---
+    M("borrow limit", "quota", "above = min(above, lent_free + self.borrow)", "pass"),
+    M("lend limit", "quota", "tally.local = max(0, tally.quota - lend)", "pass"),
+    M("what no queue owns is the root's", "quota", "root.quota = max(lent, self._capacity.get(kind, 0) - kept)",
+      "root.quota = lent"),
+    M("the root's limit", "quota", "return self.quota - self.usage\n", "return self.quota\n"),
+    M("what is never lent stays", "quota", "return self.local_free + above", "return above"),
+    M("use beyond the own goes up", "quota", "self.parent.add(beyond)", "self.parent.add(units)"),
+    M("returned use comes down", "quota", "beyond = -min(-units, max(0, self.usage - self.local))",
+      "beyond = units"),
+    M("the most a queue may hold", "quota", "return self.local + above", "return above"),
+    M("the most: borrow limit", "quota", "above = min(above, self.quota - self.local + self.borrow)", "pass"),
+    M("kinds of GPU", "quota", "return gpu_type if gpu_type in self.kinds else ANY", "return ANY"),
+    M("without nominal nothing is limited", "quota",
+      "self.limited = any(queue.nominal is not None for queue in policy.queues.values())", "self.limited = True"),
+    M("capacity that can be launched counts", "state", "for shape in self.launchable:\n            name",
+      "for shape in ():\n            name"),
+    M("an owner's limit", "cycle", "return most - held - self._given.get((job.queue, job.owner), 0)",
+      "return most"),
+    # --- order ---
+    M("who fits nominal comes first", "order", "return (not any(within), levels,", "return (levels,"),
+    M("nominal level by level", "order", "(not owns, quota.share(name)) for", "(False, quota.share(name)) for"),
+    M("lowest share first", "order", "(not owns, quota.share(name)) for", "(not owns, 0.0) for"),
+    M("shares are weighted", "quota", "return worst / policy.weight", "return worst"),
+    M("ties by allocated / nominal", "quota", "worst = max(worst, tally.usage / tally.nominal)", "pass"),
+    M("priority in a queue", "order", "return (-group.priority, standing, turn.seq)",
+      "return (0, standing, turn.seq)"),
+    M("usage in a queue", "order", "return (-group.priority, standing, turn.seq)",
+      "return (-group.priority, 0.0, turn.seq)"),
+    M("submission in a queue", "order", "return (-group.priority, standing, turn.seq)",
+      "return (-group.priority, standing, -turn.seq)"),
+    M("fifo: priority", "order", "return (-group.priority, turn.seq)", "return (0, turn.seq)"),
+    M("fifo: submission", "order", "return (-group.priority, turn.seq)", "return (-group.priority, -turn.seq)"),
+    M("an admission counts at once", "order", "standing += soon(given[owner], policy.half_life_s)", "pass"),
+    M("usage decays", "fairshare", "self.average = keep * self.average + (1.0 - keep) * self.current",
+      "self.average += (1.0 - keep) * self.current"),
+    M("decay is right for uneven steps", "fairshare", "keep: float = 0.5 ** (elapsed_s / half_life_s)",
+      "keep: float = 1.0 / (1.0 + elapsed_s / half_life_s)"),
+    M("age lifts", "pending", "if now >= old_at:", "if False:"),
+    M("age lifts by one name", "pending", "priority += ONE_NAME", "priority += 3 * ONE_NAME"),
+    M("an evicted job keeps its age", "pending", "Order.SHORTEST_FIRST else job.submitted_at",
+      "Order.SHORTEST_FIRST else job.queued_at"),
+    M("a held job waits", "pending", "if job.held or job.after:", "if job.after:"),
+    M("dependencies wait", "pending", "if job.held or job.after:", "if job.held:"),
+    M("a pause waits", "pending", "if job.eligible_at > now:", "if False:"),
+    M("a stopped queue", "cycle", "return rules is not None and not rules.stopped", "return rules is not None"),
+    # --- backfill ---
+    M("backfill ends before T", "cycle", "for due, option in dated if end <= due]", "for due, option in dated]"),
+    M("backfill may end at T", "cycle", "for due, option in dated if end <= due]",
+      "for due, option in dated if end < due]"),
+    M("nobody passes in time", "cycle", "if not self._fit_in_time & group.shape.bit:", "if True:"),
+    M("endless jobs never use a hold", "backfill", "return inf if limit_s is None else now + START_S",
+      "return now if limit_s is None else now + START_S"),
+    M("a start takes time", "backfill", "else now + START_S + limit_s + job.grace_s", "else now + limit_s"),
+    M("an unknown T is no T", "cycle", "return -inf if inf in dates else min(dates, default=inf)",
+      "return min(dates, default=inf)"),
+    M("dates on other nodes do not count", "cycle", "if each.classes & classes]", "]"),
+    M("what is reserved is kept", "cycle", "self.state.capacity.keep_free(node_id, units)\n\n    def _lift",
+      "pass\n\n    def _lift"),
+    M("only what is needed is kept", "backfill", "spare = max(0, free_then", "spare = 0 * max(0, free_then"),
+    M("a share may cost a whole device", "backfill", "if shared > spare:", "if False:"),
+    M("a hold that shrank", "cycle", "self._loosened |= len(self.admitted) > before", "pass"),
+    M("T is the earliest", "backfill", "            if places is not None:\n                need",
+      "            if places is not None and end > now + 200:\n                need"),
+    M("blocked by quota: no reservation", "cycle", "        if not within:\n            return\n",
+      "        within = within or list(options)\n"),
+    M("each kind of node has its first", "cycle", "if any(classes & each.classes for each in",
+      "if any(True for each in"),
+    M("one reservation by class", "cycle", "if any(classes & each.classes for each in", "if any(False for each in"),
+    M("backfill none", "cycle", "self.closed.setdefault(id(each), job)", "pass"),
+    M("backfill skip", "cycle", "case Backfill.SKIP:\n                pass",
+      "case Backfill.SKIP:\n                self._reserve(job, within[0])"),
+    M("kept quota is charged", "cycle", "self._charge(*kept)\n", "pass\n"),
+    # --- preemption and reclaim ---
+    M("only lower priorities", "preemption", "allowed = inside and other.priority < job.priority",
+      "allowed = inside and other.priority <= job.priority"),
+    M("preempt never", "preemption", "inside = queue.preempt is Preempt.LOWER", "inside = True"),
+    M("reclaim never", "preemption", "queue.reclaim is not Reclaim.NEVER and quota.limited", "quota.limited"),
+    M("reclaim lower", "preemption", "(queue.reclaim is Reclaim.ANY or other.priority < job.priority)", "True"),
+    M("reclaim any", "preemption", "(queue.reclaim is Reclaim.ANY or other.priority < job.priority)",
+      "other.priority < job.priority"),
+    M("reclaim only within nominal", "quota", "return any(self.within(queue, kind, units)[shared:])", "return True"),
+    M("reclaim only from borrowers", "quota",
+      "if any(tree[name].usage <= tree[name].quota for name in theirs[shared:]):", "if False:"),
+    M("siblings settle among themselves", "quota", "while shared < min(len(mine), len(theirs)) and", "while False and"),
+    M("a victim's queue stays at its own", "preemption", "if each.borrowing and not quota.may_reclaim(",
+      "if False and not quota.may_reclaim("),
+    M("preemptible=false", "preemption", "if attempt is None or not other.preemptible or", "if attempt is None or"),
+    M("min_runtime of the job", "preemption", "max(job.min_runtime_s, state.policy.min_runtime_s)",
+      "state.policy.min_runtime_s"),
+    M("min_runtime of the policy", "preemption", "max(job.min_runtime_s, state.policy.min_runtime_s)",
+      "job.min_runtime_s"),
+    M("the clock ends min_runtime", "cycle", "self._wake = at if self._wake is None else min(self._wake, at)", "pass"),
+    M("borrowing queues first", "preemption", "(not self.shrink, not self.borrowing, self.job.priority,",
+      "(not self.shrink, False, self.job.priority,"),
+    M("lowest priority first", "preemption", "(not self.shrink, not self.borrowing, self.job.priority,",
+      "(not self.shrink, not self.borrowing, 0,"),
+    M("least loss first", "preemption", "self.job.priority, loss(self.job, now),", "self.job.priority, 0.0,"),
+    M("loss since the checkpoint", "preemption", "max(attempt.started_at, attempt.checkpoint_at or attempt.started_at)",
+      "attempt.started_at"),
+    M("loss by GPUs", "preemption", "max(0.0, now - since) * job.held_units / 10_000", "max(0.0, now - since)"),
+    M("surplus before victims", "preemption", "(not self.shrink, not self.borrowing, self.job.priority,",
+      "(self.shrink, not self.borrowing, self.job.priority,"),
+    M("equals leave a surplus alone at first", "preemption", "SETTLE_S = 60.0", "SETTLE_S = 0.0"),
+    M("nothing is taken back in the same breath", "preemption", "AT_ONCE_S = 1.0", "AT_ONCE_S = 0.0"),
+    M("victims that are not needed are spared", "preemption", "for each in list(reversed(chosen))[1:]:",
+      "for each in ():"),
+    M("nobody is evicted in vain", "preemption", "            if candidates:\n                return None",
+      "            if candidates and not relief.places():\n                return None"),
+    M("what is coming is not taken twice", "preemption", "if not state.books.ending and not promised.stopped:",
+      "if True:"),
+    M("what was evicted for one is not another's", "backfill",
+      "return state.pending.group_of(attempt.stop_by) is not None", "return False"),
+    M("quota on its way back", "preemption", "    for entry in charged:\n        quota.add(*entry)\n    enough",
+      "    charged = []\n    enough"),
+    M("several evict in one cycle", "cycle", "if self._try(turn) or self._is_coming(turn.job_id):",
+      "if self._try(turn):"),
+    M("an eviction uses no retry", "state", "and not outcome.infra and not evicted\n",
+      "and not outcome.infra\n"),
+    M("an evicted job comes back", "state", "return self in (StopCause.PREEMPTED, StopCause.RESIZED)", "return False"),
+    # --- dependencies, time ---
+    M("success lets dependents go", "state", "left = tuple(each for each in dependent.after if each != job.id)",
+      "left = dependent.after"),
+    M("failure ends dependents", "state", "elif all(dependent is not each for each, _ in ending):", "elif False:"),
+    M("a retry is no failure", "state", "if not outcome.infra and job.failures < job.max_retries:", "if False:"),
+    M("the time limit ends a job", "state", "if moment <= now\n", "if moment < now - 1000\n"),
+    # --- reasons ---
+    M("Held", "explain", "if job.held:", "if False:"),
+    M("Held: pause", "explain", "if job.eligible_at > cycle.now:", "if False:"),
+    M("Dependency", "explain", "if job.after:", "if False:"),
+    M("QueueStopped", "explain", "if not cycle.open(job.queue):", "if False:"),
+    M("NoMatchingGpuType", "explain", "if not state.capacity.matching(gang):", "if False:"),
+    M("Infeasible", "explain", "reasons.INFEASIBLE,", "reasons.WAITING_FOR_CAPACITY,"),
+    M("a node could be launched", "explain", "if feasible(gang, all_shapes):", "if False:"),
+    M("ExceedsQuota", "explain", "if most >= units:", "if True:"),
+    M("WaitingForQuota", "explain", "        _quota(cycle, job, options)\n        or", "       "),
+    M("WaitingForVictims", "explain", "        or _coming(cycle, job)\n", ""),
+    M("Reserved", "explain", "        or _kept_for_others(cycle, job, options)\n", ""),
+    M("Fragmented", "explain", "        or _fragmented(cycle, job, options)\n", ""),
+    M("Priority", "explain", "        or _behind(cycle, job, options)\n", ""),
+    M("NotEvaluated", "explain", "if not len(state.capacity):", "if False:"),
+    M("host resources are no fragmentation", "explain",
+      "if place(bare, cycle.state.capacity, classes) is not None:", "if False:"),
+    M("what is kept for me is free", "explain", "capacity.keep_free(node_id, -(held if alone else min(units, held)))",
+      "pass"),
+    # --- the books ---
+    M("GPUs are charged until released", "state", "        self.capacity.give(job.gang.bundle, attempt.placed)\n", ""),
+    M("an admission is charged", "state", "        self.capacity.take(job.gang.bundle, event.placed)\n", ""),
+    M("a trial leaves no trace", "cycle", "self.state.capacity.rollback(self._mark)", "pass"),
+    M("quota trials leave no trace", "cycle", "self.state.books.quota.add(queue, kind, -units)\n        if",
+      "pass\n        if"),
+    M("old news is dropped", "state", "job.attempt.number != event.attempt", "False"),
+)  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    chosen = [
+        each for each in MUTATIONS if not words or any(word in f"{each.rule} {each.file}" for word in words)
+    ]
+    width = max(len(each.rule) for each in chosen)
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        shutil.copytree(REPO / "rm", tree / "rm", ignore=shutil.ignore_patterns("__pycache__"))
+        if _fails(tree, FAST):
+            print("the tests fail without any mutation")
+            return 2
+        for each in chosen:
+            file = tree / "rm" / "core" / f"{each.file}.py"
+            text = file.read_text()
+            if text.count(each.old) != 1:
+                print(
+                    f"{each.rule:<{width}}  STALE     {each.file}: the text is there {text.count(each.old)} times"
+                )
+                survived += 1
+                continue
+            begun = time.monotonic()
+            file.write_text(text.replace(each.old, each.new))
+            by = _fails(tree, FAST) or _fails(tree, SLOW)
+            file.write_text(text)
+            survived += not by
+            said = f"killed    {by}" if by else "SURVIVED"
+            print(
+                f"{each.rule:<{width}}  {each.file:<10}  {said}  {time.monotonic() - begun:.1f} s", flush=True
+            )
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations killed")
+    return 1 if survived else 0
+
+
+def _fails(tree: Path, tests: tuple[str, ...]) -> str:
+    """The first test that fails with the package in `tree`, or "" where none does."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "RM_PROPERTY_EXAMPLES": "20",
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider",
+         "--durations=0", "--timeout=120", *tests],
+        cwd=REPO, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" ")[1].rpartition("/")[2] if failed else f"pytest ended {done.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
