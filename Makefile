@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit wheel clean services stress
+.PHONY: demo test lint types layers unit mutations properties-long wheel clean services stress
 
 demo: $(STAMP)
 	$(BIN)/rmctl demo
@@ -27,6 +27,16 @@ layers: $(STAMP)
 # The tests that need neither Ray nor a database server: seconds.
 unit: $(STAMP)
 	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch"
+
+# Breaks each rule of the scheduler by hand and demands that a test notices: many minutes.
+mutations: $(STAMP)
+	$(BIN)/python benchmarks/mutations.py
+
+# The random histories of tests/properties at length: 5,000 clusters of 200 steps each, about a million in all.
+# RM_PROPERTY_EXAMPLES and RM_PROPERTY_STEPS choose other numbers.
+properties-long: $(STAMP)
+	RM_PROPERTY_EXAMPLES=$${RM_PROPERTY_EXAMPLES:-5000} RM_PROPERTY_STEPS=$${RM_PROPERTY_STEPS:-200} \
+	  $(BIN)/python -m pytest --timeout=0 tests/properties/test_policies.py
 
 # The ledger is tested against a real PostgreSQL server. Where none is installed and we may install one, do.
 services: $(STAMP)

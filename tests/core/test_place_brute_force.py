@@ -47,7 +47,7 @@ def naive_pack(free: list[int], gpus: int, count: int, *, strict: bool) -> list[
     return chosen
 
 
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 @given(FREE, st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_packing_by_the_index_is_packing_by_looking_at_every_node(
     free: list[int], gpus: int, count: int, strict: bool
@@ -64,7 +64,7 @@ def test_packing_by_the_index_is_packing_by_looking_at_every_node(
     assert all(found.count(name) * gpus <= free[int(name[1:])] for name in found)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(FREE, st.integers(1, 3), st.integers(1, 4), st.booleans())
 def test_spreading_by_the_index_is_spreading_by_looking_at_every_node(
     free: list[int], gpus: int, count: int, strict: bool
@@ -84,7 +84,7 @@ def test_spreading_by_the_index_is_spreading_by_looking_at_every_node(
         assert sum(have // gpus for have in free) < count or len(able) > count
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     FREE,
     st.lists(st.integers(0, 8), min_size=5, max_size=5),
@@ -104,6 +104,7 @@ def test_a_gang_with_cpus_is_placed_wherever_it_fits(
         assert all(node.cpu_free_milli >= 0 for node in capacity.nodes.values())
 
 
+@settings(deadline=None)
 @given(FREE, st.integers(1, 3), st.integers(1, 6), st.data())
 def test_an_elastic_gang_takes_all_that_there_is(
     free: list[int], gpus: int, count: int, data: st.DataObject

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.fairshare import SOON_S, Usage, soon
@@ -71,6 +71,7 @@ class Naive:
         return local_free + above
 
 
+@settings(deadline=None)
 @given(
     trees(), st.integers(0, 24), st.lists(st.tuples(st.sampled_from(LEAVES), st.integers(0, 5)), max_size=12)
 )
@@ -100,6 +101,7 @@ def test_available_is_the_formula_after_every_change(
     assert not tree.usages()
 
 
+@settings(deadline=None)
 @given(trees(), st.lists(st.tuples(st.sampled_from(LEAVES), st.integers(1, 4)), max_size=12))
 def test_who_takes_only_what_is_available_never_exceeds_a_limit(
     policy: Policy, wishes: list[tuple[str, int]]
@@ -137,6 +139,7 @@ def test_reclaim_is_settled_below_the_first_common_team() -> None:
     assert not tree.may_reclaim("x", 1, "z", ANY)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 40),
     st.floats(0, 100),

@@ -93,6 +93,7 @@ def test_reloading_the_records_at_any_moment_gives_the_same_state(actions: list[
     again.check()
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.9, 1, 2, 3]), max_size=20), st.randoms())
 def test_devices_give_back_exactly_what_was_taken(sizes: list[float], random) -> None:
     devices = Devices.whole(6)
@@ -109,6 +110,7 @@ def test_devices_give_back_exactly_what_was_taken(sizes: list[float], random) ->
     assert devices == Devices.whole(6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 8 * GPU_UNIT), st.integers(0, 8))
 def test_foreign_use_never_frees_anything(units: int, ours: int) -> None:
     _, devices = Devices.whole(8).take(ours * GPU_UNIT) if ours else ((), Devices.whole(8))
