@@ -23,7 +23,7 @@ the same state and time plans nothing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Self
@@ -90,9 +90,14 @@ def schedule(state: ClusterState, now: float) -> Plan:
 
 def why(state: ClusterState, job: Job, now: float) -> Reason:
     """The present reason of a queued job, with fresh evidence. For readers; the cycle doesn't need it."""
+    return why_each(state, (job,), now)[job.id]
+
+
+def why_each(state: ClusterState, jobs: Iterable[Job], now: float) -> dict[str, Reason]:
+    """As `why`, for many jobs after one walk."""
     with Cycle(state, now, for_readers=True) as cycle:
         cycle.walk()
-        return reason_of(cycle, job)
+        return {job.id: reason_of(cycle, job) for job in jobs}
 
 
 class Cycle:

@@ -14,14 +14,14 @@ import os
 import shlex
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
 
 import rm
-from rm.core.cycle import why
+from rm.core.cycle import why_each
 from rm.core.events import CheckpointReported, HoldChanged, StopRequested
 from rm.core.forecast import Twin
 from rm.core.model import TERMINAL, Job, Kind, Status, StopCause, attempt_key
@@ -248,7 +248,7 @@ class Allocator:
         if not rows:
             await self._find(array_id)
             raise UnknownJob(f"{array_id} is one job and no array", job=array_id)
-        return [await self._view(row.job, row.spec) for row in rows]
+        return await self._views([row.job for row in rows], [row.spec for row in rows])
 
     async def jobs(
         self, *, live_only: bool = True, owner: str | None = None, name: str | None = None, limit: int = 100
@@ -258,14 +258,15 @@ class Allocator:
         if not live_only:
             rows = await asyncio.to_thread(self._ledger.jobs, owner=owner, name=name, limit=limit)
             live = self._writer.view().jobs
-            return [await self._view(live.get(row.job.id, row.job), row.spec) for row in rows]
+            listed = [live.get(row.job.id, row.job) for row in rows]
+            return await self._views(listed, [row.spec for row in rows])
         chosen = [
             job
             for job in self._writer.view().jobs.values()
             if owner in (None, job.owner) and name in (None, job.name)
         ]
         chosen.sort(key=lambda job: -job.seq)
-        return [await self._view(job) for job in chosen[:limit]]
+        return await self._views(chosen[:limit])
 
     async def wait(self, job_id: str, timeout_s: float, seen_status: str | None = None) -> JobView:
         """The job once it has ended, or its status is no longer `seen_status`, or `timeout_s` has passed."""
@@ -328,7 +329,7 @@ class Allocator:
             live = await self._live(job_id)
             waiting = [each for each in live if each.status is Status.QUEUED]
             job = (waiting or live or [await self._find(f"{job_id}_0")])[0]
-        reason = reason_dict(self._reason(job) or _not_waiting(job))
+        reason = reason_dict(self._reasons([job]).get(job.id) or _not_waiting(job))
         assert reason is not None
         if job.status is Status.QUEUED and not job.held:
             reason["start"] = await self.forecast(job.id)
@@ -509,23 +510,34 @@ class Allocator:
             job = row.job
         return job
 
-    async def _view(self, job: Job, spec: JobSpec | None = None) -> JobView:
-        spec = spec or await self._spec(job.id)
-        names = {node.id: node.name for node in self._writer.view().nodes.values()}
-        return job_view(
-            job,
-            command=_command_line(spec),
-            progress=self._last_progress.get(job.id),
-            node_names=names,
-            ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units)
-            * (len(job.attempt.placed) if job.attempt else job.gang.count),
-            reason=self._reason(job),
-        )
+    async def _view(self, job: Job) -> JobView:
+        return (await self._views([job]))[0]
 
-    def _reason(self, job: Job) -> Reason | None:
-        if job.status is not Status.QUEUED or job.id not in self._writer.state.jobs:
-            return None
-        return why(self._writer.state, job, time.time())
+    async def _views(self, jobs: Sequence[Job], specs: Sequence[JobSpec] | None = None) -> list[JobView]:
+        """What readers get. The reasons of all come from one walk over the queue."""
+        if specs is None:
+            specs = [await self._spec(job.id) for job in jobs]
+        names = {node.id: node.name for node in self._writer.view().nodes.values()}
+        reasons = self._reasons(jobs)
+        return [
+            job_view(
+                job,
+                command=_command_line(spec),
+                progress=self._last_progress.get(job.id),
+                node_names=names,
+                ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units)
+                * (len(job.attempt.placed) if job.attempt else job.gang.count),
+                reason=reasons.get(job.id),
+            )
+            for job, spec in zip(jobs, specs, strict=True)
+        ]
+
+    def _reasons(self, jobs: Iterable[Job]) -> dict[str, Reason]:
+        """Why those of the jobs wait that do: by id."""
+        live = self._writer.state.jobs
+        known = [live[job.id] for job in jobs if job.status is Status.QUEUED and job.id in live]
+        queued = [job for job in known if job.status is Status.QUEUED]
+        return why_each(self._writer.state, queued, time.time()) if queued else {}
 
     async def _spec(self, job_id: str) -> JobSpec:
         if job_id not in self._specs:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from probes import user_processes, wait_until
+from probes import actor_pids, user_processes, wait_until
 
 from rm.core.policy import Policy, Preempt, QueuePolicy
-from rm.core.resources import GPU_UNIT
 from rm.errors import InvalidSpec, RequestError, UnknownJob, UnknownQueue
 
 pytestmark = pytest.mark.ray
@@ -21,6 +22,12 @@ WHOLE = {"nodes": 3, "gpus_per_node": 8}
 """The whole cluster."""
 NODE = {"num_gpus": 8, "gpu_type": "A100"}
 """A certain node of it, whole."""
+LAB = """
+default_queue: vision
+queues:
+  vision: {nominal: 16, default_priority: 7}
+  text: {nominal: 8, max_time_limit: 10m}
+"""
 TRAIN = "python jobs/train_digits.py --epochs 4 --checkpoint-every 20"
 
 
@@ -69,15 +76,9 @@ def test_higher_priorities_start_first(client, tmp_path: Path) -> None:
 
 
 def test_a_queue_borrows_and_its_owner_takes_back_what_is_its_own(client, rules, tmp_path: Path) -> None:
-    rules(
-        Policy(
-            {
-                "vision": QueuePolicy("vision", nominal={"*": 16 * GPU_UNIT}, default_priority=7),
-                "text": QueuePolicy("text", nominal={"*": 8 * GPU_UNIT}, max_time_limit_s=600.0),
-            },
-            default_queue="vision",
-        )
-    )
+    assert not client.apply(LAB, dry_run=True)["applied"]
+    assert client.policy()["text"] == ""
+    assert client.apply(LAB)["applied"]
     with pytest.raises(UnknownQueue, match="known queues: vision, text"):
         client.submit("true", num_gpus=1, queue="default")
     with pytest.raises(InvalidSpec, match="time_limit: 601 s is more than the 600 s that queue text allows"):
@@ -101,7 +102,12 @@ def test_a_queue_borrows_and_its_owner_takes_back_what_is_its_own(client, rules,
     second = client.submit(until(owners_gate), num_gpus=8, preemptible=False)
     runs(second)
     assert sum(job.view().evictions for job in guests) == 2
+    used = {each.name: (each.nominal, each.used, each.pending) for each in client.queues()}
+    assert used == {"vision": ({"*": 16}, {"*": 16}, 0), "text": ({"*": 8}, {"*": 8}, 2)}
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
     third = client.submit("true", num_gpus=8)
+    assert client.policy()["text"] == LAB, "the rules outlive the allocator"
+    assert client.policy()["by"] == client.owner
     assert third.why()["code"] in ("WaitingForQuota", "WaitingForCapacity", "Priority")
     assert sum(job.view().status == "RUNNING" for job in guests) == 1, "8 GPUs are theirs"
     owners_gate.touch()
