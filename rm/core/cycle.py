@@ -111,6 +111,8 @@ class Cycle:
         self._taken: dict[str, list[Taken]] = {}
         self._fresh: list[tuple[float, Job, Attempt]] = []
         self._searches = 0
+        self._is_covered: bool | None = None
+        """What `_covered` found; None after a change of what it looks at."""
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
@@ -184,6 +186,7 @@ class Cycle:
                 self._charge(queue, kind, -units)
         self._put_back()
         self.closed.clear()
+        self._is_covered = None
         self._full.clear()
         self.first_blocked = None
         self._fit_in_time = 0
@@ -236,7 +239,9 @@ class Cycle:
     def _worth(self, mask: int, queue: str) -> bool:
         """Whether jobs of these shapes in this queue need to be looked at."""
         return (
-            bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+            bool(mask & (self._fit | self._fit_in_time))
+            or not self._covered()
+            or (queue in self._who_evicts() and self._searches_left())
         )
 
     def _try(self, turn: Turn) -> bool:
@@ -360,6 +365,7 @@ class Cycle:
                 for option in within:
                     for each in option.classes:
                         self.closed.setdefault(id(each), job)
+                self._is_covered = None
             case Backfill.EASY:
                 self._reserve(job, within[0])
             case Backfill.SKIP:
@@ -379,6 +385,7 @@ class Cycle:
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
         self.reservations[job.id] = reservation
+        self._is_covered = None
         if self.first_blocked is None:
             self.first_blocked = job
         kept = job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units
@@ -432,33 +439,42 @@ class Cycle:
         last = min(len(group.jobs), turn.index + BACKFILL_DEPTH)
         if last < len(group.jobs):
             self.bounds.add("backfill_depth")
-        self._lift()
+        lifted = False
         try:
             for index in range(turn.index, last):
                 job = self.state.jobs[group.jobs[index][1]]
                 known = job.id in self.admitted or job.id in self.reservations
                 if known or end_if_started(job, self.state, self.now) > due:
                     continue
-                if not self._admit_in_time(job, options):
+                if not lifted:
+                    self._lift()
+                    lifted = True
+                if not self._admit_in_time(job, options, group.shape.bit):
                     break
         finally:
-            self._put_back()
+            if lifted:
+                self._put_back()
         return turn.job_id in self.admitted
 
-    def _admit_in_time(self, job: Job, options: tuple[Option, ...]) -> bool:
+    def _admit_in_time(self, job: Job, options: tuple[Option, ...], bit: int) -> bool:
+        no_place = True
         for option in options:
             gang = self.within_quota(job, option)
-            places = None if gang is None else self.place(gang, option)
+            if gang is None:
+                no_place = False
+                continue
+            places = self.place(gang, option)
             if places is not None:
                 self._admit(job, option, places)
                 return True
+        if no_place and not self.closed and not self.state.policy.queues[job.queue].labels:
+            self._fit_in_time &= ~bit
         return False
 
     # --- evictions -----------------------------------------------------------------------------------------
 
     def _evict(self, job: Job, option: Option) -> Eviction | None:
-        if self._searches >= EVICTIONS_PER_CYCLE:
-            self.bounds.add("evictions_per_cycle")
+        if not self._searches_left():
             return None
         self._searches += 1
         spared = frozenset(self._stopped)
@@ -471,7 +487,13 @@ class Cycle:
 
     def _may_evict(self) -> bool:
         """Whether any waiting queue could have somebody evicted, as far as this cycle still searches."""
-        return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
+        return bool(self._who_evicts()) and self._searches_left()
+
+    def _searches_left(self) -> bool:
+        if self._searches < EVICTIONS_PER_CYCLE:
+            return True
+        self.bounds.add("evictions_per_cycle")
+        return False
 
     def _who_evicts(self) -> set[str]:
         """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
@@ -511,6 +533,11 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
+        if self._is_covered is None:
+            self._is_covered = self._no_class_is_left()
+        return self._is_covered
+
+    def _no_class_is_left(self) -> bool:
         classes = self.state.capacity.classes
         match self.state.policy.backfill:
             case Backfill.SKIP:

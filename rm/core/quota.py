@@ -69,6 +69,7 @@ class QuotaTree:
         self.limited = any(queue.nominal is not None for queue in policy.queues.values())
         self._capacity: dict[str, int] = {}
         self._trees: dict[str, dict[str, _Tally]] = {}
+        self._paths: dict[str, tuple[str, ...]] = {}
         self._lent: dict[str, tuple[int, int]] = {}
         """Kind → what all queues lend together, and what they keep for themselves."""
         self.resize(capacity or {})
@@ -162,12 +163,16 @@ class QuotaTree:
 
     def path(self, queue: str) -> tuple[str, ...]:
         """The queue's ancestors from the top down, itself last."""
+        known = self._paths.get(queue)
+        if known is not None:
+            return known
         names: list[str] = []
         name: str | None = queue
         while name is not None:
             names.append(name)
             name = self._policy.queues[name].parent
-        return tuple(reversed(names))
+        path = self._paths[queue] = tuple(reversed(names))
+        return path
 
     def usages(self) -> dict[tuple[str, str], int]:
         """(queue, kind) → units, without zeros: what `ClusterState.check` compares."""

@@ -22,7 +22,6 @@ date here, one change at a time, so that a cycle never walks all jobs or all nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from rm.core.books import Books, Owner
 from rm.core.capacity import Capacity, Totals, charged
@@ -62,6 +61,7 @@ from rm.core.model import (
 from rm.core.pending import Pending
 from rm.core.policy import Policy
 from rm.core.predict import Predictor
+from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, Devices
 from rm.errors import InternalError, InvalidTransition
 
@@ -92,7 +92,7 @@ class ClusterState:
         self._now = 0.0
         self._changed: dict[str, Job] = {}
         self._usage_changed: set[Owner] = set()
-        self._story: dict[str, list[str]] = {}
+        self._story: dict[str, list[tuple[float, type]]] = {}
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class ClusterState:
         job_id = event.job_id
         if job_id is not None and job_id in self.jobs:
             story = self._story.setdefault(job_id, [])
-            story.append(f"{event.at:.3f} {type(event).__name__}")
+            story.append((event.at, type(event)))
             if len(story) > STORY_LENGTH:
                 del story[0]
         return effects
@@ -493,7 +493,7 @@ class ClusterState:
             job=job.id,
             state=str(phase),
             event=repr(event),
-            story=list(self._story.get(job.id, [])),
+            story=[f"{at:.3f} {kind.__name__}" for at, kind in self._story.get(job.id, ())],
         )
 
     # --- self-check --------------------------------------------------------------------------------------
