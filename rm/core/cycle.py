@@ -239,9 +239,7 @@ class Cycle:
     def _worth(self, mask: int, queue: str) -> bool:
         """Whether jobs of these shapes in this queue need to be looked at."""
         return (
-            bool(mask & (self._fit | self._fit_in_time))
-            or not self._covered()
-            or (queue in self._who_evicts() and self._searches_left())
+            bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
         )
 
     def _try(self, turn: Turn) -> bool:
@@ -474,7 +472,8 @@ class Cycle:
     # --- evictions -----------------------------------------------------------------------------------------
 
     def _evict(self, job: Job, option: Option) -> Eviction | None:
-        if not self._searches_left():
+        if self._searches >= EVICTIONS_PER_CYCLE:
+            self.bounds.add("evictions_per_cycle")
             return None
         self._searches += 1
         spared = frozenset(self._stopped)
@@ -487,13 +486,7 @@ class Cycle:
 
     def _may_evict(self) -> bool:
         """Whether any waiting queue could have somebody evicted, as far as this cycle still searches."""
-        return bool(self._who_evicts()) and self._searches_left()
-
-    def _searches_left(self) -> bool:
-        if self._searches < EVICTIONS_PER_CYCLE:
-            return True
-        self.bounds.add("evictions_per_cycle")
-        return False
+        return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
 
     def _who_evicts(self) -> set[str]:
         """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
