@@ -27,7 +27,6 @@ from rich.table import Table
 
 from rm.core.cycle import schedule
 from rm.core.events import (
-    Event,
     JobAdmitted,
     JobSubmitted,
     NodeJoined,
@@ -35,6 +34,7 @@ from rm.core.events import (
     PlacementReleased,
     RunExited,
     RunStarted,
+    StopRequested,
 )
 from rm.core.model import Gang, Job, Kind, Outcome, Status
 from rm.core.policy import ANY, Order, Policy, QueuePolicy
@@ -50,6 +50,7 @@ SHAPES = [
 ]
 """50 of them: from one GPU to ten whole nodes, with and without a wish for CPUs."""
 DONE = Outcome(Status.SUCCEEDED)
+STOPPED = Outcome(Status.FAILED, "stopped", signal=15)
 
 
 class Load:
@@ -73,6 +74,7 @@ class Load:
         self.now = 0.0
         self.seq = 0
         self.running: list[str] = []
+        self.stopping: dict[str, None] = {}
         for number in range(nodes):
             self.state.apply(NodeJoined(0.0, f"n{number}", f"n{number}", gpus, 64_000, 2**39))
 
@@ -94,10 +96,15 @@ class Load:
         self.state.apply(JobSubmitted(self.now, job))
 
     def decide(self) -> int:
-        """One cycle, its decisions applied; the jobs admitted run at once. Returns how many."""
+        """One cycle, its decisions applied; the jobs admitted run at once. Returns how many.
+
+        Whoever is evicted is a job that ends with a later event.
+        """
         admitted = 0
         for event in schedule(self.state, self.now).events:
             self.state.apply(event)
+            if isinstance(event, StopRequested):
+                self.stopping[event.job_id] = None
             if isinstance(event, JobAdmitted):
                 admitted += 1
                 self.running.append(event.job_id)
@@ -115,23 +122,29 @@ class Load:
                 return
 
     def a_job_ends(self) -> None:
-        place = self.rng.randrange(len(self.running))
-        self.running[place], self.running[-1] = self.running[-1], self.running[place]
-        job = self.state.jobs[self.running.pop()]
-        self._apply(RunExited(self.now, job.id, job.attempts, DONE))
-        self._apply(PlacementReleased(self.now, job.id, job.attempts))
+        """One that is being stopped, where there is one, or any other."""
+        outcome = STOPPED if self.stopping else DONE
+        job_id = next(iter(self.stopping)) if self.stopping else self.rng.choice(self.running)
+        self.stopping.pop(job_id, None)
+        self.running.remove(job_id)
+        job = self.state.jobs[job_id]
+        self.state.apply(RunExited(self.now, job.id, job.attempts, outcome))
+        self.state.apply(PlacementReleased(self.now, job.id, job.attempts))
 
-    def _apply(self, event: Event) -> None:
-        self.state.apply(event)
 
-
-def loaded(nodes: int, waiting: int, queues: int) -> Load:
-    """A full cluster with so many waiting jobs, which a cycle has looked at."""
-    load = Load(nodes, queues)
+def loaded(nodes: int, waiting: int, queues: int, *, quotas: bool = True) -> Load:
+    """A full cluster with so many waiting jobs, which cycles have looked at until nobody was evicted any more."""
+    load = Load(nodes, queues, quotas=quotas)
     load.fill()
     while len(load.state.pending) < waiting:
         load.submit()
-    load.decide()
+    for _ in range(100):
+        load.now += 60.0
+        load.decide()
+        if not load.stopping:
+            break
+        while load.stopping:
+            load.a_job_ends()
     return load
 
 
@@ -187,16 +200,22 @@ def at(ascending: list[float], share: float) -> float:
 
 
 def measure_events(report: Report, events: int) -> None:
-    load = loaded(10_000, 100_000, 200)
-    what = f"10,000 × {GPUS} GPUs, {len(load.state.pending):,} waiting, 200 queues, {len(SHAPES)} shapes"
-    gc.collect()
-    gc.freeze()
-    times = event_times_s(load, events)
-    report.add(f"{what}: one event, median", at(times, 0.5) * 1000, 10, "ms")
-    report.add("  P99", at(times, 0.99) * 1000, 50, "ms")
-    report.add("  longest", times[-1] * 1000, None, "ms")
-    report.add("  cold cycle", cold_s(load), 1, "s")
-    gc.unfreeze()
+    for quotas in (False, True):
+        load = loaded(10_000, 100_000, 200, quotas=quotas)
+        rules = "queues that own nothing" if not quotas else "queues with quotas, reclaiming"
+        gc.collect()
+        gc.freeze()
+        times = event_times_s(load, events)
+        report.add(
+            f"10,000 × {GPUS} GPUs, 100,000 waiting, {rules}: one event, median",
+            at(times, 0.5) * 1000,
+            10,
+            "ms",
+        )
+        report.add("  P99", at(times, 0.99) * 1000, 50, "ms")
+        report.add("  longest", times[-1] * 1000, None, "ms")
+        report.add("  cold cycle", cold_s(load), 1, "s")
+        gc.unfreeze()
 
 
 def measure_fill(report: Report) -> None:
@@ -261,10 +280,11 @@ def measure_replay(report: Report, traces: Path) -> None:
     from rm.sim.trace import read_trace
 
     jobs = read_trace(traces / "philly.csv.gz")
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     policy_named("rm-default").replay(jobs, parse_nodes("47", 8))
-    took_s = time.perf_counter() - began
+    took_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     report.add(f"Philly, {len(jobs):,} jobs on 47 × 8 GPUs, rm-default", took_s, 60, "s")
+    report.add("  processor time of that", cpu_s, None, "s")
     report.add("  peak memory of this process", peak_mib(), 600, "MiB")
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from rm.core.model import Gang, Node, NodeShape, PlacedBundle
+from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, Bundle, Devices
 
 GPU_TYPE = "ray.io/accelerator-type"

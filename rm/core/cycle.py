@@ -121,6 +121,8 @@ class Cycle:
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
+        self._hopeless: set[tuple[str, str, Gang]] = set()
+        """The same for whom nothing could be kept: whoever comes behind has no better right to it."""
         self._full_in_time: set[tuple[str, str, Gang]] = set()
         """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
@@ -214,6 +216,7 @@ class Cycle:
         self.closed.clear()
         self._full.clear()
         self._full_in_time.clear()
+        self._hopeless.clear()
         self.first_blocked = None
         self._fit_in_time = 0
 
@@ -280,7 +283,7 @@ class Cycle:
             return True  # it ended in time for a reservation
         job = self.state.jobs[turn.job_id]
         options = self.notes.options.of(group.queue, group.shape.gang)
-        if not options or not self._feasible(job):
+        if not options or not self.feasible(job):
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
@@ -288,7 +291,11 @@ class Cycle:
             return True
         if self._in_time(turn, options):
             return True
-        self._blocked(job, options)
+        same = job.queue, job.owner, job.gang
+        if same not in self._hopeless:
+            self._blocked(job, options)
+            if job.id not in self.reservations and self._covered():
+                self._hopeless.add(same)
         return False
 
     def _admit_somewhere(self, job: Job, options: tuple[Option, ...], bit: int) -> bool:
@@ -474,7 +481,8 @@ class Cycle:
         self._lift()
         try:
             for job, in_time in candidates:
-                if not self._admit_in_time(job, in_time) and len(in_time) == len(options):
+                bit = group.shape.bit if len(in_time) == len(options) else 0
+                if not self._admit_in_time(job, in_time, bit) and bit:
                     self._full_in_time.add(same)
                     break
         finally:
@@ -506,13 +514,19 @@ class Cycle:
         dates = [each.at for each in self.reservations.values() if each.classes & classes]
         return -inf if inf in dates else min(dates, default=inf)
 
-    def _admit_in_time(self, job: Job, options: Sequence[Option]) -> bool:
+    def _admit_in_time(self, job: Job, options: Sequence[Option], bit: int) -> bool:
+        no_place = True
         for option in options:
             gang = self.within_quota(job, option)
-            places = None if gang is None else self.place(gang, option)
+            if gang is None:
+                no_place = False
+                continue
+            places = self.place(gang, option)
             if places is not None:
                 self._admit(job, option, places)
                 return True
+        if no_place and not self.closed and not self.state.policy.queues[job.queue].labels:
+            self._fit_in_time &= ~bit
         return False
 
     # --- evictions -----------------------------------------------------------------------------------------
@@ -635,7 +649,7 @@ class Cycle:
             within = max((quota.within(queue, kind, units) for kind in kinds), default=nothing)
         return queue_key(queue, within, self.state)
 
-    def _feasible(self, job: Job) -> bool:
+    def feasible(self, job: Job) -> bool:
         """Whether nodes that are up, were they empty, could hold the job. Remembered until nodes come or go."""
         key, version = (job.queue, job.gang), self.state.capacity.shape_version
         known = self.notes.feasible.get(key)

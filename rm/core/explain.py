@@ -90,9 +90,9 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
     state, gang = cycle.state, cycle.wanted(job)
     if not len(state.capacity):
         return Reason(reasons.NOT_EVALUATED, "no node was seen yet; it is looked at when one joins")
-    present, all_shapes = state.present_shapes(), state.node_shapes()
-    if feasible(gang, present):
+    if cycle.feasible(job):
         return _exceeds_quota(cycle, job)
+    present, all_shapes = state.present_shapes(), state.node_shapes()
     most = max((shape.gpu_slots for shape in present), default=0)
     evidence = {"needs": str(job.gang), "largest_node_gpus": most, "nodes": len(state.nodes)}
     if feasible(gang, all_shapes):

@@ -15,13 +15,14 @@ Sources: Kueue, `pkg/scheduler/preemption`; scheduling.md of this project's desi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, Phase, StopCause
 from rm.core.policy import ANY, Preempt, Reclaim
+from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.state import ClusterState
 

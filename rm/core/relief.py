@@ -8,11 +8,11 @@ met is the real placement tried.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from rm.core.capacity import Capacity, NodeClass, copies_in
 from rm.core.model import Attempt, Gang, PlacedBundle, Strategy
 from rm.core.placement import place
+from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, Bundle, Devices
 
 

@@ -22,7 +22,6 @@ date here, one change at a time, so that a cycle never walks all jobs or all nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from rm.core.books import Books, Owner
 from rm.core.capacity import Capacity, Totals, charged
@@ -63,6 +62,7 @@ from rm.core.model import (
 from rm.core.pending import Pending
 from rm.core.policy import Policy
 from rm.core.predict import Predictor
+from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, Devices
 from rm.errors import InternalError, InvalidTransition
 
@@ -96,7 +96,7 @@ class ClusterState:
         self._now = 0.0
         self._changed: dict[str, Job] = {}
         self._usage_changed: set[Owner] = set()
-        self._story: dict[str, list[str]] = {}
+        self._story: dict[str, list[tuple[float, type]]] = {}
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class ClusterState:
         job_id = event.job_id
         if job_id is not None and job_id in self.jobs:
             story = self._story.setdefault(job_id, [])
-            story.append(f"{event.at:.3f} {type(event).__name__}")
+            story.append((event.at, type(event)))
             if len(story) > STORY_LENGTH:
                 del story[0]
         return effects
@@ -171,7 +171,9 @@ class ClusterState:
         if self.jobs:
             raise InternalError("restore() needs an empty state")
         for job in ended:
-            if job.first_started_at is not None and job.ended_at is not None:
+            # Of a job that ran more than once the record does not tell how long it waited in between.
+            whole = job.attempts == 1 and not (job.outcome is not None and job.outcome.infra)
+            if whole and job.first_started_at is not None and job.ended_at is not None:
                 self._learn(job, job.ended_at - job.first_started_at)
         effects: list[Effect] = []
         for job in jobs:
@@ -294,8 +296,10 @@ class ClusterState:
         return []
 
     def _policy_changed(self, event: PolicyChanged) -> list[Effect]:
-        self.policy = event.policy
         old = self.books
+        for usage in old.usage.values():
+            usage.settle(event.at, self.policy.half_life_s)
+        self.policy = event.policy
         self.books = Books(self.policy, self._gpus_by_type(), self.predictor)
         self.pending = Pending(self.policy)
         self.plans = {}
@@ -303,8 +307,6 @@ class ClusterState:
             self.books.changed(None, job, event.at)
             if job.attempt is None:
                 self.pending.add(job, event.at)
-        for usage in old.usage.values():
-            usage.settle(event.at, self.policy.half_life_s)
         self.books.adopt_usage(old.usage.items())
         self.version += 1
         return []
@@ -504,7 +506,7 @@ class ClusterState:
             job=job.id,
             state=str(phase),
             event=repr(event),
-            story=list(self._story.get(job.id, [])),
+            story=[f"{at:.3f} {kind.__name__}" for at, kind in self._story.get(job.id, ())],
         )
 
     # --- self-check --------------------------------------------------------------------------------------
