@@ -20,7 +20,7 @@ from rm.core.state import ClusterState
 from rm.testing import Behaviour, FakeCluster
 
 STEPS = int(os.environ.get("RM_PROPERTY_STEPS", "40"))
-EXAMPLES = int(os.environ.get("RM_PROPERTY_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("RM_PROPERTY_EXAMPLES", "100"))
 LEAVES = ("a", "b", "team/x", "team/y")
 TYPES = ("A100", "H100")
 

@@ -19,7 +19,7 @@ from rm.errors import RmError
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.yaml"))
-EXPECTED = {"decisions", "waiting", "ended", "refused", "cut"}
+EXPECTED = {"decisions", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail", "lost", "unready",
     "checkpoint", "cancel", "hold", "unhold", "submit", "steady", "note",
@@ -45,6 +45,8 @@ def test_scenario(path: Path) -> None:
         ended = {job_id: str(stage.ended[job_id].status) for job_id in stage.ended if job_id not in before}
         assert ended == words.get("ended", {}), where
         _compare_waiting(stage, words.get("waiting", {}), where)
+        if "due" in words:
+            assert stage.state.next_due(stage.now) == words["due"], where
         _requests(stage, words, where)
 
 
