@@ -14,7 +14,7 @@ they are all that runs. The numbers below were chosen on a replay of three publi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rm.core.backfill import Reservation, class_ids
@@ -51,25 +51,54 @@ class _Victim:
         return self.rank_s * self.gpus
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A waiting job. `aged`: it has waited for `max_age`."""
+
+    job: Job
+    rank_s: float
+    gpus: float
+    aged: bool
+
+
 class Outlast:
     """The running jobs that one cycle may stop, by node."""
 
     def __init__(self, state: ClusterState, now: float) -> None:
         self._state = state
         self._now = now
-        self._by_node: dict[str, list[_Victim]] = {}
         self._guarded_units = 0
+        candidates: list[tuple[Job, Attempt, float]] = []
         for job_id in state.books.charged_jobs():
             job = state.jobs[job_id]
             assert job.attempt is not None
             if waited_long(job, job.attempt.admitted_at, state) and now < job.attempt.admitted_at + GUARD_S:
                 self._guarded_units += job.held_units
-                continue
-            victim = self._victim(job, job.attempt)
-            if victim is not None:
-                self._by_node.setdefault(job.attempt.placed[0].node_id, []).append(victim)
-        for victims in self._by_node.values():
+            elif self._may_be_stopped(job, job.attempt):
+                since = max(job.attempt.started_at or 0.0, job.attempt.checkpoint_at or 0.0)
+                candidates.append((job, job.attempt, now - since))
+        self._candidates = candidates
+        self._just_saved = self._ranked(each for each in candidates if each[2] <= MOST_LOST_S)
+        self._any: dict[str, list[_Victim]] | None = None
+
+    def _victims(self, aged: bool) -> dict[str, list[_Victim]]:
+        """By node, the longest to go first. Without `aged` only those that have just saved their work."""
+        if not aged:
+            return self._just_saved
+        if self._any is None:
+            self._any = self._ranked(self._candidates)
+        return self._any
+
+    def _ranked(self, candidates: Iterable[tuple[Job, Attempt, float]]) -> dict[str, list[_Victim]]:
+        by_node: dict[str, list[_Victim]] = {}
+        for job, attempt, lost_s in candidates:
+            ran_s = self._now - (attempt.started_at or self._now)
+            rank_s = self._state.remaining.rank(job, job.ran_s + ran_s)
+            victim = _Victim(job, rank_s, RESTART_S + lost_s, job.held_units / GPU_UNIT)
+            by_node.setdefault(attempt.placed[0].node_id, []).append(victim)
+        for victims in by_node.values():
             victims.sort(key=lambda each: -each.score)
+        return by_node
 
     def evict(
         self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
@@ -80,17 +109,19 @@ class Outlast:
             return None
         if job.gang.bundle.gpu_units < GPU_UNIT:
             return None
+        mine = _Claim(job, rank_waiting(job, self._state), job.gang.gpu_units / GPU_UNIT, aged)
         if job.gang.minimum == 1:
-            return self._on_one_node(job, classes, owed, stopped, aged)
-        return self._on_whole_nodes(job, classes, owed, stopped, aged)
+            return self._on_one_node(mine, classes, owed, stopped)
+        return self._on_whole_nodes(mine, classes, owed, stopped)
 
     def _on_one_node(
-        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str], aged: bool
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
     ) -> Eviction | None:
+        job = mine.job
         capacity, need = self._state.capacity, job.gang.bundle.gpu_units
         ids = class_ids(classes)
         best: tuple[float, str, list[_Victim]] | None = None
-        for node_id, victims in self._by_node.items():
+        for node_id, victims in self._victims(mine.aged).items():
             if node_id not in capacity or id(capacity.class_of(node_id)) not in ids:
                 continue
             node = capacity[node_id]
@@ -101,7 +132,7 @@ class Outlast:
             for each in victims:
                 if free >= need:
                     break
-                if each.job.id not in stopped and self._may_stop(job, each, aged):
+                if each.job.id not in stopped and self._may_stop(mine, each):
                     chosen.append(each)
                     free += each.job.held_units
             if free < need:
@@ -111,16 +142,17 @@ class Outlast:
                     chosen.remove(each)
                     free -= each.job.held_units
             cost = sum(each.cost_s * each.gpus for each in chosen)
-            if (best is None or cost < best[0]) and self._pays(job, chosen, aged):
+            if (best is None or cost < best[0]) and _pays(mine, chosen):
                 best = cost, node_id, chosen
         if best is None or not best[2]:
             return None
         return self._eviction(job, classes, {best[1]: need}, best[2])
 
     def _on_whole_nodes(
-        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str], aged: bool
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
     ) -> Eviction | None:
         """A gang of several nodes: those that are cheapest to empty."""
+        job, by_node = mine.job, self._victims(mine.aged)
         capacity = self._state.capacity
         offers: list[tuple[float, int, str, list[_Victim]]] = []
         units = job.gang.bundle.gpu_units
@@ -138,8 +170,8 @@ class Outlast:
                         continue
                     here = [
                         each
-                        for each in self._by_node.get(node.id, ())
-                        if each.job.id not in stopped and self._may_stop(job, each, aged)
+                        for each in by_node.get(node.id, ())
+                        if each.job.id not in stopped and self._may_stop(mine, each)
                     ]
                     freed = sum(each.job.held_units for each in here)
                     if free * GPU_UNIT + freed >= group.key.gpu_slots * GPU_UNIT:
@@ -157,42 +189,27 @@ class Outlast:
             need[node_id] = here_count * units
             chosen += victims
             missing -= here_count
-        if missing > 0 or not chosen or not self._pays(job, chosen, aged):
+        if missing > 0 or not chosen or not _pays(mine, chosen):
             return None
         return self._eviction(job, classes, need, chosen)
 
-    def _may_stop(self, job: Job, victim: _Victim, aged: bool) -> bool:
+    def _may_stop(self, mine: _Claim, victim: _Victim) -> bool:
         state, other = self._state, victim.job
-        if other.priority > job.priority:
+        if other.priority > mine.job.priority:
             return False
-        if state.books.quota.limited and other.queue != job.queue:
+        if state.books.quota.limited and other.queue != mine.job.queue:
             assert other.attempt is not None
             if not state.books.quota.borrows(other.queue, state.books.kind(other.attempt)):
                 return False
-        if aged:
-            return True
-        if victim.cost_s > RESTART_S + MOST_LOST_S:
-            return False
-        gpus = job.gang.gpu_units / GPU_UNIT
-        return victim.score > GAIN * (rank_waiting(job, state) * gpus + victim.cost_s * victim.gpus)
+        return mine.aged or victim.score > GAIN * (mine.rank_s * mine.gpus + victim.cost_s * victim.gpus)
 
-    def _pays(self, job: Job, victims: list[_Victim], aged: bool) -> bool:
-        return aged or GAIN * sum(1.0 / each.rank_s for each in victims) <= 1.0 / rank_waiting(
-            job, self._state
-        )
-
-    def _victim(self, job: Job, attempt: Attempt) -> _Victim | None:
-        """The job as a victim, or None where nobody may stop it now."""
+    def _may_be_stopped(self, job: Job, attempt: Attempt) -> bool:
+        """Whether anybody may stop it now."""
         started = attempt.started_at
         if started is None or not job.preemptible or len({each.node_id for each in attempt.placed}) > 1:
-            return None
-        ran_s = self._now - started
+            return False
         spare_s = max(FIRST_STRETCH_S, job.min_runtime_s, self._state.policy.min_runtime_s)
-        if ran_s < spare_s or self._now < attempt.admitted_at + AT_ONCE_S:
-            return None
-        lost_s = self._now - max(started, attempt.checkpoint_at or started)
-        rank_s = self._state.remaining.rank(job, job.ran_s + ran_s)
-        return _Victim(job, rank_s, RESTART_S + lost_s, job.held_units / GPU_UNIT)
+        return self._now - started >= spare_s and self._now >= attempt.admitted_at + AT_ONCE_S
 
     def _eviction(
         self, job: Job, classes: Sequence[NodeClass], need: dict[str, int], victims: list[_Victim]
@@ -202,6 +219,11 @@ class Outlast:
         counted = frozenset((each, self._state.jobs[each].attempts) for each in gone)
         reservation = Reservation(job.id, self._now, need, class_ids(classes), counted, ids)
         return Eviction(reservation, tuple((each, StopCause.PREEMPTED) for each in ids))
+
+
+def _pays(mine: _Claim, victims: list[_Victim]) -> bool:
+    """Whether all victims together are worth it."""
+    return mine.aged or GAIN * sum(1.0 / each.rank_s for each in victims) <= 1.0 / mine.rank_s
 
 
 def rank_waiting(job: Job, state: ClusterState) -> float:
