@@ -52,6 +52,7 @@ def main() -> None:
         if leads and (stop or done % args.checkpoint_every == 0 or done == args.steps):
             with replacing(checkpoint) as file:
                 file.write(json.dumps([done, settings, table]).encode())
+            rm.checkpointed()
         if stop and done < args.steps:
             print(f"stopped at step {done} of {args.steps}", flush=True)
             raise SystemExit(STOPPED)

@@ -204,6 +204,7 @@ class Checkpoint:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             with replacing(self.path) as file:
                 torch.save({"step": step, "settings": self.settings, "rng": rng, **states}, file)
+            rm.checkpointed()
 
     def restore(self) -> int:
         """Put everything back as it was. Returns the number of steps done: 0 without a checkpoint."""

@@ -11,6 +11,7 @@ Nothing here decides or stores anything: every call is a request to the allocato
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import uuid
@@ -26,7 +27,7 @@ from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
 from rm.spec import RESOURCE_FIELDS, Config, JobSpec, build_spec, default_owner, did_you_mean
 from rm.submission import Environment, submitter_environment
-from rm.views import EventView, JobView, NodeView
+from rm.views import EventView, JobView, NodeView, QueueView
 
 HEARTBEAT_S = 2.0
 """How often an attached client says that it is alive."""
@@ -78,7 +79,10 @@ class Client:
 
         Options: `num_gpus` (or `nodes` and `gpus_per_node`), `name`, `gpu_type`, `cpus_per_gpu`, `memory_per_gpu`,
         `labels`, `strategy`, `nproc_per_node` (a number or "gpu"), `time_limit` and `grace` (seconds, "90m", "2h"),
-        `priority`, `queue`, `max_retries`, `max_infra_retries`, `env`, `working_dir`, `runtime_env`.
+        `priority` (a number, or "low", "normal", "high"), `queue`, `max_retries`, `max_infra_retries`, `env`,
+        `working_dir`, `runtime_env`; `min_nodes` (with `nodes`: starts with fewer where there is no room for all),
+        `preemptible` and `min_runtime` (whether, and from when on, it may be stopped for others and queued again),
+        `after` (jobs that must succeed first), `array` (so many jobs under one id), `hold` (queued until released).
         `attach=True`: the job is cancelled when this process goes away.
         Raises InvalidSpec, Infeasible, NotPicklable, PayloadTooLarge: nothing was accepted then.
         """
@@ -144,6 +148,8 @@ class Client:
             if key not in OPTIONS:
                 raise InvalidSpec(f"{key}: unknown option; {did_you_mean(key, OPTIONS)}", field=key)
         fields |= {_FIELD_NAMES.get(key, key): value for key, value in options.items()}
+        if "after" in fields:
+            fields["after"] = _ids(fields["after"])
         return build_spec(
             **{"owner": self.owner, **fields},
             kind=kind,
@@ -172,9 +178,9 @@ class Client:
     # --- looking -----------------------------------------------------------------------------------------
 
     def job(self, job_id: str | int) -> Job:
-        """The job with this id ("j17", "17" or 17). Raises UnknownJob."""
+        """The job with this id ("j17", "17" or 17), or the array with this id. Raises UnknownJob."""
         text = str(job_id)
-        job = Job(self, f"j{text}" if text.isdigit() else text)
+        job = Job(self, f"j{text}" if re.fullmatch(r"[0-9]+(_[0-9]+)?", text) else text)
         job.view()
         return job
 
@@ -193,6 +199,25 @@ class Client:
         """The history of the whole cluster from the ledger, oldest first."""
         events: list[EventView] = self._allocator("events", None, after, limit)
         return events
+
+    def apply(self, text: str, *, dry_run: bool = False) -> dict[str, Any]:
+        """Put the rules of an rm.yaml in force: its queues, limits and policies.
+
+        Returns `applied`, `warnings` and `consequences`: what it does, or with `dry_run` would do, to jobs that live.
+        Raises InvalidSpec with the path of each bad field.
+        """
+        answer: dict[str, Any] = self._allocator("apply", text, self.owner, dry_run=dry_run)
+        return answer
+
+    def queues(self) -> list[QueueView]:
+        """The tree of queues: what each owns, uses, borrows and lends."""
+        queues: list[QueueView] = self._allocator("queues")
+        return queues
+
+    def policy(self) -> dict[str, Any]:
+        """The rules in force: `policy`, the `text` of the rm.yaml that they came from, `by` whom, `at` what time."""
+        answer: dict[str, Any] = self._allocator("policy")
+        return answer
 
     def hello(self) -> dict[str, Any]:
         """Who answers: version, ledger, home, pid."""
@@ -328,12 +353,21 @@ def _this_program() -> list[str]:
     return ["python", *sys.argv]
 
 
-_FIELD_NAMES = {"time_limit": "time_limit_s", "grace": "grace_s"}
+_FIELD_NAMES = {"time_limit": "time_limit_s", "grace": "grace_s", "min_runtime": "min_runtime_s"}
 OPTIONS = RESOURCE_FIELDS | {
     "name", "owner", "queue", "priority", "nproc_per_node", "time_limit", "grace", "max_retries",
-    "max_infra_retries", "env", "working_dir", "runtime_env",
+    "max_infra_retries", "env", "working_dir", "runtime_env", "preemptible", "min_runtime", "after", "array", "hold",
 }  # fmt: skip
 """What `submit` and `lease` take as keywords."""
+
+
+def _ids(after: Any) -> Any:
+    """What `after` names, with handles of jobs turned into ids; `rm.spec` checks the rest."""
+    if isinstance(after, Job):
+        return after.id
+    if isinstance(after, Iterable) and not isinstance(after, str):
+        return tuple(each.id if isinstance(each, Job) else each for each in after)
+    return after
 
 
 def _words(entry: Any) -> tuple[str, ...]:

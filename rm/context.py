@@ -9,6 +9,7 @@ that the same script runs outside a job as well:
     RM_CHECKPOINT_DIR  a directory that is kept from attempt to attempt
     RM_STOP_FILE       a path that comes into being when the job should stop, before SIGTERM is sent
     RM_REPORT_FILE     where this process leaves its latest metrics
+    RM_ARRAY_INDEX, RM_ARRAY_SIZE  which job of an array this is, of how many
     RANK, LOCAL_RANK, WORLD_SIZE   as torchrun sets them
 """
 
@@ -68,6 +69,16 @@ def local_rank() -> int:
 def world_size() -> int:
     """How many processes the job has on all its nodes together."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def array_index() -> int:
+    """Which job of its array this is, from 0. 0 outside an array."""
+    return int(os.environ.get("RM_ARRAY_INDEX") or 0)
+
+
+def array_size() -> int:
+    """How many jobs the array has. 1 outside an array."""
+    return int(os.environ.get("RM_ARRAY_SIZE") or 1)
 
 
 # --- where do I keep my work -------------------------------------------------------------------------------
@@ -167,20 +178,23 @@ class _Reporter:
         self._lock = threading.RLock()
         self._metrics: dict[str, Scalar] = {}
         self._at = 0.0  # unix seconds of the latest report
+        self._checkpoint_at: float | None = None  # unix seconds
         self._pending = False
         self._written_at = -math.inf  # monotonic seconds
         self._registered = False
         self._complained = False
 
-    def report(self, metrics: dict[str, Scalar]) -> None:
+    def report(self, metrics: dict[str, Scalar], *, checkpoint: bool = False) -> None:
         with self._lock:
             self._metrics.update(metrics)
             self._at = time.time()
+            if checkpoint:
+                self._checkpoint_at = self._at
             self._pending = True
             if not self._registered:
                 self._registered = True
                 atexit.register(self.flush)
-            if time.monotonic() - self._written_at >= WRITE_INTERVAL_S:
+            if checkpoint or time.monotonic() - self._written_at >= WRITE_INTERVAL_S:
                 self.flush()
 
     def flush(self) -> None:
@@ -193,7 +207,10 @@ class _Reporter:
             self._written_at = time.monotonic()
             self._pending = False
             try:
-                _replace_text(Path(path), json.dumps({"at": self._at, "metrics": self._metrics}))
+                said: dict[str, Any] = {"at": self._at, "metrics": self._metrics}
+                if self._checkpoint_at is not None:
+                    said["checkpoint_at"] = self._checkpoint_at
+                _replace_text(Path(path), json.dumps(said))
             except (OSError, ValueError) as error:
                 self._pending = True
                 self._complain(error)
@@ -210,6 +227,7 @@ class _Reporter:
         self._lock = threading.RLock()
         self._metrics = {}
         self._pending = False
+        self._checkpoint_at = None
 
 
 _reporter = _Reporter()
@@ -229,6 +247,16 @@ def report(**metrics: Any) -> None:
     """
     if os.environ.get("RM_REPORT_FILE"):
         _reporter.report({name: _scalar(name, value) for name, value in metrics.items()})
+
+
+def checkpointed() -> None:
+    """Say that this process has just saved all that a later attempt needs to go on from here.
+
+    When GPUs are needed for somebody who comes first, those who lose least are stopped: what counts is the time since
+    the last checkpoint. Call it in rank 0 after each; outside a job it does nothing.
+    """
+    if os.environ.get("RM_REPORT_FILE"):
+        _reporter.report({}, checkpoint=True)
 
 
 def _scalar(name: str, value: Any) -> Scalar:

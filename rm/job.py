@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import cloudpickle
 
-from rm.errors import InternalError, JobFailed, JobNotFinished
+from rm.errors import InternalError, JobFailed, JobNotFinished, RequestError
 from rm.logs import LogReader
 from rm.runtime.entry import load_error
 from rm.views import EventView, JobView
@@ -25,13 +25,39 @@ class Why(dict[str, Any]):
 
     def __str__(self) -> str:
         advice = f" ({self['advice']})" if self.get("advice") else ""
-        return f"{self['code']}: {self['message']}{advice}"
+        start = f"; {self.start}" if self.start else ""
+        return f"{self['code']}: {self['message']}{advice}{start}"
 
     __repr__ = __str__
 
+    @property
+    def start(self) -> str:
+        """When it will start, in words; empty where it does not wait for GPUs."""
+        forecast = self.get("start")
+        if not forecast:
+            return ""
+        p50_s, p90_s = forecast["p50_s"], forecast["p90_s"]
+        if p50_s is None:
+            return f"no estimate of its start: {forecast['basis']}"
+        late = "later than can be told" if p90_s is None else f"{about(p90_s)} in the worst of ten cases"
+        return f"it will start in {about(p50_s)}, {late} (estimated)"
+
+
+def about(seconds: float) -> str:
+    """A duration as people say it: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    for unit, size, least in (("days", 86_400, 2), ("h", 3_600, 2), ("min", 60, 2)):
+        if seconds >= least * size:
+            count = seconds / size
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "min" else f"{count:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
 
 class Job:
-    """A handle. It holds nothing but the id: any process that can connect can make one with `client.job(id)`."""
+    """A handle. It holds nothing but the id: any process that can connect can make one with `client.job(id)`.
+
+    That of an array stands for all its jobs: its status is RUNNING while any runs and SUCCEEDED when all have; wait,
+    cancel, hold and release concern all of them, and `jobs()` gives each.
+    """
 
     def __init__(self, client: Client, job_id: str, view: JobView | None = None) -> None:
         self._client = client
@@ -78,6 +104,13 @@ class Job:
             if not page:
                 return events
 
+    def jobs(self) -> list[Job]:
+        """The jobs of this array, by index; the job itself where it is none."""
+        if self.last.array_counts is None:
+            return [self]
+        views: list[JobView] = self._client._allocator("array", self.id)
+        return [Job(self._client, view.id, view) for view in views]
+
     # --- waiting -----------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> JobView:
@@ -99,8 +132,13 @@ class Job:
         return self._view
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the function returned (None for a command). Raises JobFailed, from its own exception if it had one."""
+        """What the function returned (None for a command), for an array the list of what each job returned.
+
+        Raises JobFailed, from its own exception if it had one.
+        """
         view = self.wait(timeout)
+        if view.array_counts is not None:
+            return [job.result() for job in self.jobs()]
         data = self._store("get_result") if view.kind == "function" else None
         payload = cloudpickle.loads(data) if data else {}
         if view.status == "SUCCEEDED":
@@ -130,6 +168,16 @@ class Job:
         self._view = self._client._allocator("cancel", self.id, self._client.owner)
         return self._view
 
+    def hold(self) -> JobView:
+        """Keep it from starting, as long as it is still queued. Raises RequestError for a job that is not."""
+        self._view = self._client._allocator("hold", self.id, self._client.owner, held=True)
+        return self._view
+
+    def release(self) -> JobView:
+        """Let a held job go."""
+        self._view = self._client._allocator("hold", self.id, self._client.owner, held=False)
+        return self._view
+
     # --- logs --------------------------------------------------------------------------------------------
 
     @overload
@@ -150,6 +198,11 @@ class Job:
         `rank`: only that one. `stream`: "out" or "err", default both. With several ranks lines begin with
         "[rank N]".
         """
+        if (size := sum((self.view().array_counts or {}).values())) > 0:
+            raise RequestError(
+                f"{self.id} is an array; its jobs print for themselves: {self.id}_0 to {self.id}_{size - 1}",
+                job=self.id,
+            )
         reader = LogReader(self, rank=rank, stream=stream)
         return reader.follow() if follow else "".join(line + "\n" for line in reader.read())
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from rm.core.model import Gang, Job, Kind, Strategy
+from rm.core.model import Gang, Job, Kind, NodeShape, Strategy
 from rm.core.resources import GPU_UNIT, gpu_units
-from rm.core.shapes import Request
+from rm.core.shapes import Request, resolve
 from rm.errors import InvalidSpec
 
 MAX_GPUS = 100_000
+MAX_ARRAY = 10_000
 MAX_INLINE_BYTES = 16 * 2**20
 """The largest function with its arguments, or result, that travels by value."""
 PRIORITY_NAMES = {"low": -100, "normal": 0, "high": 100}
@@ -35,6 +38,8 @@ class Resources(BaseModel):
 
     num_gpus: float | None = None
     nodes: int | None = None
+    min_nodes: int | None = None
+    """An elastic gang: it starts with what there is, from so many bundles on up to `nodes`."""
     gpus_per_node: float | None = None
     gpu_type: tuple[str, ...] = ()
     cpus_per_gpu: float = 0.0
@@ -61,7 +66,7 @@ class Resources(BaseModel):
             raise ValueError(f"below 0.0001 of a GPU can't be accounted, got {value!r}")
         return value
 
-    @field_validator("nodes", mode="before")
+    @field_validator("nodes", "min_nodes", mode="before")
     @classmethod
     def _nodes(cls, value: Any) -> Any:
         if value is None:
@@ -121,6 +126,11 @@ class Resources(BaseModel):
                     f"num_gpus={self.num_gpus:g} can't be divided equally over nodes={self.nodes}; "
                     f"use a multiple of {self.nodes}"
                 )
+        if self.min_nodes is not None and (self.nodes is None or self.min_nodes > self.nodes):
+            raise ValueError(
+                f"min_nodes={self.min_nodes} needs a nodes= that is at least as much: the gang has from min_nodes "
+                "to nodes bundles"
+            )
         if self.gpus_per_node is not None and self.gpus_per_node < 1 and (self.nodes or 1) > 1:
             raise ValueError(
                 f"gpus_per_node={self.gpus_per_node} on nodes={self.nodes}: a share of a device can't be a gang; "
@@ -146,6 +156,16 @@ class Resources(BaseModel):
             labels=tuple(sorted(self.labels.items())),
         )
 
+    def gang(self, shapes: Sequence[NodeShape]) -> Gang:
+        """The gang on a cluster that has, or can launch, `shapes`. Raises InvalidSpec, Infeasible."""
+        request = self.request()
+        if self.min_nodes is None or self.min_nodes == request.nodes:
+            return resolve(request, shapes)
+        # What it can surely have is its minimum: more is welcome where there is room.
+        assert request.nodes is not None
+        least = resolve(replace(request, nodes=self.min_nodes), shapes)
+        return replace(least, count=request.nodes, least=self.min_nodes)
+
 
 class JobSpec(BaseModel):
     """One request, as submitted. Durations are seconds; `rm.client` and `rmctl` also take "90m", "2h", "1:30:00"."""
@@ -155,8 +175,10 @@ class JobSpec(BaseModel):
     kind: Kind
     name: str = ""
     owner: str = ""
-    queue: str = "default"
-    priority: int = 0
+    queue: str = ""
+    """Empty: the cluster's default queue."""
+    priority: int | None = None
+    """None: the queue's default."""
     resources: Resources
     command: tuple[str, ...] = ()
     """Words of the command; a single string given by the user has become ["bash", "-c", string]."""
@@ -176,6 +198,15 @@ class JobSpec(BaseModel):
     grace_s: float = 30.0
     max_retries: int = 0
     max_infra_retries: int = 3
+    preemptible: bool = True
+    min_runtime_s: float = 0.0
+    """How long after its start it is spared from eviction."""
+    after: tuple[str, ...] = ()
+    """Jobs, or arrays of jobs, that must succeed first."""
+    array: int | None = None
+    """So many jobs under one id, each with its index in RM_ARRAY_INDEX."""
+    hold: bool = False
+    """Queued, but not started before `release`."""
     ttl_s: float | None = None
     """Attached jobs and leases: the longest silence of the holder before the job is cancelled."""
 
@@ -189,13 +220,15 @@ class JobSpec(BaseModel):
     @field_validator("queue")
     @classmethod
     def _queue(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", value):
+        if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", value):
             raise ValueError(f"must be a queue's name (letters, digits, '.', '_', '-', '/'), not {value!r}")
         return value
 
     @field_validator("priority", mode="before")
     @classmethod
     def _priority(cls, value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, str) and value in PRIORITY_NAMES:
             return PRIORITY_NAMES[value]
         try:
@@ -208,7 +241,7 @@ class JobSpec(BaseModel):
             raise ValueError(f"must be from -1000000 to 1000000, not {number}")
         return number
 
-    @field_validator("time_limit_s", "grace_s", "ttl_s", mode="before")
+    @field_validator("time_limit_s", "grace_s", "ttl_s", "min_runtime_s", mode="before")
     @classmethod
     def _duration(cls, value: Any) -> Any:
         return parse_duration(value)
@@ -238,6 +271,35 @@ class JobSpec(BaseModel):
             raise ValueError(f"must be from 0 to 1000, not {value}")
         return value
 
+    @field_validator("preemptible", "hold", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be True or False, not {value!r}")
+        return value
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _after(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        elif isinstance(value, int):
+            value = [value]
+        if not isinstance(value, Sequence):
+            raise ValueError(f"must be a job's id or a list of them, not {value!r}")
+        return tuple(dict.fromkeys(_job_id(each) for each in value))
+
+    @field_validator("array", mode="before")
+    @classmethod
+    def _array(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"must be a whole number of jobs, not {value!r}")
+        if not 1 <= value <= MAX_ARRAY:
+            raise ValueError(f"must be from 1 to {MAX_ARRAY}, not {value!r}")
+        return value
+
     @field_validator("env")
     @classmethod
     def _env(cls, value: dict[str, str]) -> dict[str, str]:
@@ -256,10 +318,12 @@ class JobSpec(BaseModel):
             raise ValueError("payload_sha256 is missing")
         if self.kind is Kind.LEASE and self.ttl_s is None:
             raise ValueError("a lease needs ttl_s")
+        if self.kind is Kind.LEASE and self.array is not None:
+            raise ValueError("array is for jobs: take a lease for each")
         return self
 
     def job(self, job_id: str, seq: int, gang: Gang, now: float) -> Job:
-        """The core's record of this request once it is accepted."""
+        """The core's record of this request once it is accepted. Whoever accepts it fills in the queue's defaults."""
         return Job(
             id=job_id,
             seq=seq,
@@ -268,13 +332,18 @@ class JobSpec(BaseModel):
             kind=self.kind,
             gang=gang,
             submitted_at=now,
-            queue=self.queue,
-            priority=self.priority,
+            queue=self.queue or "default",
+            priority=self.priority or 0,
             time_limit_s=self.time_limit_s,
             grace_s=self.grace_s,
             max_retries=self.max_retries,
             max_infra_retries=self.max_infra_retries,
             ttl_s=self.ttl_s,
+            preemptible=self.preemptible,
+            min_runtime_s=self.min_runtime_s,
+            after=self.after,
+            held=self.hold,
+            held_by=self.owner if self.hold else "",
         )
 
     def processes_per_bundle(self, bundle_units: int) -> int:
@@ -285,6 +354,15 @@ class JobSpec(BaseModel):
 
 
 RESOURCE_FIELDS = frozenset(Resources.model_fields)
+
+
+def _job_id(value: Any) -> str:
+    """ "j17" from "j17", "17" or 17; also "j17_3"."""
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        text = str(value)
+        if re.fullmatch(r"j?[0-9]+(_[0-9]+)?", text):
+            return text if text.startswith("j") else f"j{text}"
+    raise ValueError(f"must be job ids such as 'j17', not {value!r}")
 
 
 def parse_duration(value: Any) -> float | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rm.errors import InvalidSpec
 
-_JOB_ID = re.compile(r"[a-z][a-z0-9-]{0,63}", re.ASCII)
+_JOB_ID = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
 _STREAM = re.compile(r"[a-z]{1,16}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LOG = re.compile(r"([0-9]+)\.([a-z]{1,16})", re.ASCII)

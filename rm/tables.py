@@ -19,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rm.views import EventView, JobView, NodeView
+    from rm.views import EventView, JobView, NodeView, QueueView
 
 PIPED_WIDTH = 100_000
 """Columns of a console that is no terminal: more than any table has."""
 LONGEST_METRIC = 60
-FOLDING = frozenset({"NAME", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
+FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
 """Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
 NARROWEST = 10
 BAR_CELLS = 16
@@ -90,7 +90,12 @@ def moment(at: float | None) -> str:
 def gpus(view: JobView) -> str:
     """ "2", "0.5", "8 (2 × 4)", "1 A100/H100"."""
     kind = f" {'/'.join(view.gpu_types)}" if view.gpu_types else ""
-    shape = f" ({view.bundles} × {view.gpus_per_bundle:g})" if view.bundles > 1 else ""
+    count = (
+        f"{view.least_bundles} to {view.bundles}"
+        if 0 < view.least_bundles < view.bundles
+        else f"{view.bundles}"
+    )
+    shape = f" ({count} × {view.gpus_per_bundle:g})" if view.bundles > 1 else ""
     return plain(f"{view.gpus:g}{kind}{shape}")
 
 
@@ -156,6 +161,8 @@ def _note(view: JobView) -> str:
     if view.ended_at is not None or view.status == "STOPPING":
         outcome = view.outcome or {}
         return "" if view.status == "SUCCEEDED" else str(outcome.get("message") or "")
+    if view.array_counts is not None:
+        return ", ".join(f"{count} {status}" for status, count in view.array_counts.items())
     if view.status == "QUEUED":
         return reason(view.reason)
     where = f"on {', '.join(view.nodes)}" if view.nodes else ""
@@ -182,6 +189,39 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
     names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
     return grid(names, rows, numbers)
+
+
+def queues_table(views: Sequence[QueueView]) -> Table:
+    """One row per queue, those below a queue indented under it. Amounts without a type: all types no quota names."""
+    depths: dict[str | None, int] = {None: -1}
+    rows = []
+    for view in views:
+        depth = depths[view.name] = depths.get(view.parent, -1) + 1
+        rows.append(
+            (
+                "  " * depth + plain(view.name),
+                by_kind(view.nominal),
+                by_kind(view.used),
+                by_kind(view.borrowed),
+                by_kind(view.lent),
+                f"{view.share:.0f}" if view.share >= 1 or not view.share else f"{view.share:.2g}",
+                str(view.running),
+                str(view.pending),
+                Text("stopped", style="yellow") if view.stopped else "",
+            )
+        )
+    numbers = {"NOMINAL", "USED", "BORROWED", "LENT", "SHARE", "RUNNING", "PENDING"}
+    names = ("QUEUE", "NOMINAL", "USED", "BORROWED", "LENT", "SHARE", "RUNNING", "PENDING", "")
+    return grid(names, rows, numbers)
+
+
+def by_kind(amounts: dict[str, float]) -> str:
+    """GPUs by kind: "8", "4 A100, 2 others", "–" for none."""
+    words = [f"{count:g} {plain(kind)}" for kind, count in sorted(amounts.items()) if kind != "*"]
+    others = amounts.get("*")
+    if others is not None:
+        words.append(f"{others:g} others" if words else f"{others:g}")
+    return ", ".join(words) or "–"
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
@@ -246,6 +286,13 @@ def sentence(view: EventView) -> str:
             return f"{outcome.get('status')} {outcome.get('message') or ''}".strip()
         case "StopRequested":
             return f"{body.get('cause')}" + (f" by {body['by']}" if body.get("by") else "")
+        case "HoldChanged":
+            by = f" by {body['by']}" if body.get("by") else ""
+            return f"{'held' if body.get('held') else 'released'}{by}"
+        case "PolicyChanged":
+            queues = (body.get("policy") or {}).get("queues") or {}
+            by = f" by {body['by']}" if body.get("by") else ""
+            return f"{len(queues)} queues{by}"
         case "NodeJoined":
             return f"{body.get('name')} with {body.get('gpu_slots')} GPUs"
         case _:

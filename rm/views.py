@@ -5,13 +5,17 @@ Amounts of GPUs are counts (1.0 = one device), times are seconds since the epoch
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rm.core.capacity import usable
-from rm.core.model import Job, Node
+from rm.core.model import Job, Node, Status
+from rm.core.policy import ANY, Policy, QueuePolicy
+from rm.core.quota import QuotaTree
 from rm.core.reasons import Reason
 from rm.core.resources import GPU_UNIT, gpu_count
+from rm.lending import lent
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,24 @@ class JobView:
     progress: dict[str, Any] | None = None
     """What rank 0 last gave to `rm.report()`: {"at": …, "metrics": {…}}."""
     command: str = ""
+    held: bool = False
+    held_by: str = ""
+    after: tuple[str, ...] = ()
+    """Jobs that must still succeed before it may start."""
+    evictions: int = 0
+    preemptible: bool = True
+    min_runtime_s: float = 0.0
+    checkpoint_at: float | None = None
+    """When the live attempt last said that it had saved its work."""
+    least_bundles: int = 0
+    """An elastic gang starts with so many; `bundles` is the most."""
+    held_gpus: float = 0.0
+    """What the live attempt holds now."""
+    array: str = ""
+    """The array that it is one of, with its place there in `array_index`."""
+    array_index: int | None = None
+    array_counts: dict[str, int] | None = None
+    """For an array as a whole: how many of its jobs have which status."""
 
     @property
     def ended(self) -> bool:
@@ -95,6 +117,34 @@ class EventView:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """One queue. Amounts are GPUs by kind: a GPU type that quotas name, or "*" for all others; zeros are left out.
+
+    A queue with others below it counts these in: `nominal` and `used` are sums, `borrowed` is what comes from outside
+    all of them, `lent` what has gone there.
+    """
+
+    name: str
+    parent: str | None
+    nominal: dict[str, float]
+    used: dict[str, float]
+    borrowed: dict[str, float]
+    lent: dict[str, float]
+    share: float
+    """Weighted share: the queue with the lowest comes first. 0 while it borrows nothing."""
+    weight: float
+    running: int
+    """Jobs that hold GPUs, those that start or stop included."""
+    pending: int
+    stopped: bool
+    preempt: str
+    reclaim: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def reason_dict(reason: Reason | None) -> dict[str, Any] | None:
     return asdict(reason) if reason else None
 
@@ -136,7 +186,55 @@ def job_view(
         outcome=asdict(job.outcome) if job.outcome else None,
         progress=progress,
         command=command,
+        held=job.held,
+        held_by=job.held_by,
+        after=job.after,
+        evictions=job.evictions,
+        preemptible=job.preemptible,
+        min_runtime_s=job.min_runtime_s,
+        checkpoint_at=job.attempt.checkpoint_at if job.attempt else None,
+        least_bundles=job.gang.minimum,
+        held_gpus=gpu_count(job.held_units),
+        array=job.array,
+        array_index=job.array_index,
     )
+
+
+def array_view(array_id: str, first: JobView, tally: Mapping[Status, int], ended_at: float | None) -> JobView:
+    """A whole array as one job: `first` of its jobs with the status of all. `ended_at`: of the last, if all ended."""
+    return replace(
+        first,
+        id=array_id,
+        status=str(_whole(tally)),
+        attempts=0,
+        failures=0,
+        infra_failures=0,
+        evictions=0,
+        started_at=None,
+        ended_at=ended_at,
+        nodes=(),
+        reason=None,
+        outcome=None,
+        progress=None,
+        checkpoint_at=None,
+        held_gpus=0.0,
+        held=False,
+        held_by="",
+        array=array_id,
+        array_index=None,
+        array_counts={str(status): tally[status] for status in Status if tally.get(status)},
+    )
+
+
+_WORST_FIRST = (
+    Status.RUNNING, Status.RESERVING, Status.STOPPING, Status.QUEUED, Status.FAILED, Status.TIMED_OUT,
+    Status.CANCELLED,
+)  # fmt: skip
+
+
+def _whole(tally: Mapping[Status, int]) -> Status:
+    """RUNNING while any of them does; ended only when all have; SUCCEEDED only if all did."""
+    return next((status for status in _WORST_FIRST if tally.get(status)), Status.SUCCEEDED)
 
 
 def node_view(node: Node, jobs: tuple[str, ...]) -> NodeView:
@@ -155,3 +253,86 @@ def node_view(node: Node, jobs: tuple[str, ...]) -> NodeView:
         jobs=jobs,
         labels=dict(node.labels),
     )
+
+
+def queue_views(
+    policy: Policy, quota: QuotaTree, jobs: Iterable[Job], capacity: Mapping[str, int] | None = None
+) -> list[QueueView]:
+    """Every queue, each above those below it; at the end queues that are no longer configured and still have jobs.
+
+    `quota`: what the live jobs are charged. `capacity`: units by GPU type that the cluster has, as
+    `Capacity.by_type` tells: what no queue owns of it is lent first.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    gone: dict[str, dict[str, int]] = {}
+    for job in jobs:
+        running, pending = counts.get(job.queue, (0, 0))
+        counts[job.queue] = (running + (job.attempt is not None), pending + (job.attempt is None))
+        if job.queue not in policy.queues:
+            held = gone.setdefault(job.queue, {})
+            if job.attempt is not None:
+                kind = quota.kind(job.attempt.gpu_type)
+                held[kind] = held.get(kind, 0) + job.held_units
+    kinds = (ANY, *sorted(policy.kinds()))
+    lent_now = lent(policy, quota, capacity)
+    below: dict[str | None, list[QueuePolicy]] = {}
+    for queue in policy.queues.values():
+        below.setdefault(queue.parent, []).append(queue)
+
+    def view(queue: QueuePolicy) -> Iterator[QueueView]:
+        under = [list(view(each)) for each in below.get(queue.name, [])]
+        parts = [views[0] for views in under]
+        running, pending = counts.get(queue.name, (0, 0))
+        used = {kind: quota.usage(queue.name, kind) for kind in kinds}
+        yield QueueView(
+            name=queue.name,
+            parent=queue.parent,
+            nominal=_sum(_counts(queue.nominal or {}), *(each.nominal for each in parts)),
+            used=_sum(*(each.used for each in parts)) if parts else _counts(used),
+            borrowed=_counts({kind: quota.borrowed(queue.name, kind) for kind in kinds})
+            if quota.limited
+            else {},
+            lent=_counts({kind: lent_now.get((queue.name, kind), 0) for kind in kinds}),
+            share=quota.share(queue.name),
+            weight=queue.weight,
+            running=running + sum(each.running for each in parts),
+            pending=pending + sum(each.pending for each in parts),
+            stopped=queue.stopped,
+            preempt=str(queue.preempt),
+            reclaim=str(queue.reclaim),
+        )
+        for views in under:
+            yield from views
+
+    found = [each for queue in below.get(None, []) for each in view(queue)]
+    for name in sorted(gone):
+        running, pending = counts[name]
+        rules = QueuePolicy(name, stopped=True)
+        used_now = _counts(gone[name])
+        found.append(
+            QueueView(
+                name,
+                None,
+                {},
+                used_now,
+                {},
+                {},
+                0.0,
+                1.0,
+                running,
+                pending,
+                True,
+                str(rules.preempt),
+                str(rules.reclaim),
+            )
+        )
+    return found
+
+
+def _counts(units: Mapping[str, int]) -> dict[str, float]:
+    return {kind: gpu_count(amount) for kind, amount in units.items() if amount}
+
+
+def _sum(*amounts: Mapping[str, float]) -> dict[str, float]:
+    kinds = dict.fromkeys(kind for each in amounts for kind in each)
+    return {kind: round(sum(each.get(kind, 0) for each in amounts), 4) for kind in kinds}

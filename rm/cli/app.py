@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rm.cli import cluster, looking, simulate, submitting
+from rm.cli import cluster, looking, queues, simulate, submitting
 
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
@@ -60,12 +60,16 @@ app.command("show", rich_help_panel="Jobs")(looking.show_job)
 app.command("logs", rich_help_panel="Jobs")(looking.logs)
 app.command("why", rich_help_panel="Jobs")(looking.why)
 app.command("wait", rich_help_panel="Jobs")(looking.wait_for)
+app.command("hold", rich_help_panel="Jobs")(looking.hold)
+app.command("release", rich_help_panel="Jobs")(looking.release)
 app.command("cancel", rich_help_panel="Jobs")(looking.cancel)
 app.command("nodes", rich_help_panel="Cluster")(cluster.nodes)
+app.command("queues", rich_help_panel="Cluster")(queues.list_queues)
+app.command("apply", rich_help_panel="Cluster")(queues.apply)
 app.command("events", rich_help_panel="Cluster")(looking.events)
 app.command("start", rich_help_panel="Cluster")(cluster.start)
 app.command("stop", rich_help_panel="Cluster")(cluster.stop)
 app.command("demo", rich_help_panel="Cluster")(cluster.demo)
-app.command("simulate", rich_help_panel="Planning")(simulate.simulate)
+app.command("simulate", cls=simulate.NamesPolicies, rich_help_panel="Planning")(simulate.simulate)
 app.add_typer(simulate.traces, name="trace", rich_help_panel="Planning")
 app.command("version", rich_help_panel="Cluster")(cluster.version)

@@ -1,4 +1,4 @@
-"""What there is and what becomes of it: ls, show, logs, why, wait, cancel."""
+"""What there is and what becomes of it: ls, show, logs, why, wait, hold, release, cancel."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ WATCH_S = 1.0
 
 def list_jobs(
     ctx: typer.Context,
+    job_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The jobs of this array.")] = None,
     all_: Annotated[bool, typer.Option("--all", "-a", help="Ended jobs too.")] = False,
     owner: Annotated[str | None, typer.Option(help="Only this person's.")] = None,
     mine: Annotated[bool, typer.Option("--mine", "-m", help="Only yours.")] = False,
@@ -42,6 +43,8 @@ def list_jobs(
     owner = client.owner if mine else owner
 
     def read() -> list[JobView]:
+        if job_id is not None:
+            return [job.last for job in client.job(job_id).jobs()]
         return [job.last for job in client.jobs(all=all_, owner=owner, limit=limit)]
 
     if watch:
@@ -51,7 +54,7 @@ def list_jobs(
         show_json([view.to_dict() for view in views])
     elif views:
         show(tables.jobs_table(views))
-        if len(views) == limit:
+        if job_id is None and len(views) == limit:
             note(f"only the newest {limit} are listed; --limit shows more")
     else:
         note(_nothing(client, all_, owner))
@@ -91,7 +94,7 @@ def _watch(read: Callable[[], list[JobView]]) -> int:
 
 
 def show_job(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
-    """Everything about one job, and what happened to it."""
+    """Everything about one job or array, and what happened to it."""
     job = connect(ctx).job(job_id)
     view, events = job.last, job.events()
     if as_json:
@@ -113,7 +116,11 @@ def _facts(view: JobView) -> Iterable[tuple[str, object]]:
     yield "command", view.command
     yield "owner", view.owner
     yield "queue", f"{view.queue}, priority {view.priority}"
+    yield "array", _array(view)
+    yield "held by", view.held_by if view.held else ""
+    yield "after", ", ".join(view.after)
     yield "GPUs", tables.gpus(view)
+    yield "holds", f"{view.held_gpus:g} GPUs" if 0 < view.held_gpus < view.gpus else ""
     yield "processes", view.ranks if view.ranks > 1 else ""
     yield "nodes", ", ".join(view.nodes)
     yield "submitted", tables.moment(view.submitted_at)
@@ -122,6 +129,8 @@ def _facts(view: JobView) -> Iterable[tuple[str, object]]:
     yield "time", tables.times(view)
     yield "time limit", tables.span(view.time_limit_s) if view.time_limit_s else ""
     yield "attempts", _attempts(view)
+    yield "spared", _spared(view)
+    yield "checkpoint", tables.moment(view.checkpoint_at)
     yield "progress", tables.progress(view)
     yield "waits", tables.reason(waits)
     yield "advice", waits.get("advice")
@@ -129,9 +138,28 @@ def _facts(view: JobView) -> Iterable[tuple[str, object]]:
 
 
 def _attempts(view: JobView) -> str:
-    if view.attempts < 2:
+    if view.attempts < 2 and not view.evictions:
         return ""
-    return f"{view.attempts} ({view.failures} failed, {view.infra_failures} lost with a node or runner)"
+    why = [f"{view.failures} failed", f"{view.infra_failures} lost with a node or runner"]
+    if view.evictions:
+        why.append(f"{view.evictions} evicted for others")
+    return f"{view.attempts} ({', '.join(why)})"
+
+
+def _array(view: JobView) -> str:
+    if view.array_counts is not None:
+        counts = ", ".join(f"{count} {status}" for status, count in view.array_counts.items())
+        return f"{sum(view.array_counts.values())} jobs: {counts}"
+    return f"number {view.array_index} of {view.array}" if view.array else ""
+
+
+def _spared(view: JobView) -> str:
+    """Whether others may take its GPUs."""
+    if not view.preemptible:
+        return "it is never stopped for others"
+    return (
+        f"not stopped for others in its first {tables.span(view.min_runtime_s)}" if view.min_runtime_s else ""
+    )
 
 
 def logs(
@@ -174,6 +202,8 @@ def why(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
         show(Padding(tables.facts_table(evidence.items()), (0, 0, 0, 2)))
     if answer.get("advice"):
         show(tables.plain(answer["advice"]))
+    if answer.start:
+        show(tables.plain(answer.start))
     return 0
 
 
@@ -191,6 +221,20 @@ def cancel(
     if wait_:
         for job in jobs:
             job.wait()
+    _report(jobs, as_json)
+    return failed
+
+
+def hold(ctx: typer.Context, job_ids: JobIds, as_json: AsJson = False) -> int:
+    """Keep queued jobs from starting until they are released."""
+    jobs, failed = _each(connect(ctx), job_ids, lambda job: job.hold())
+    _report(jobs, as_json)
+    return failed
+
+
+def release(ctx: typer.Context, job_ids: JobIds, as_json: AsJson = False) -> int:
+    """Let held jobs go."""
+    jobs, failed = _each(connect(ctx), job_ids, lambda job: job.release())
     _report(jobs, as_json)
     return failed
 

@@ -37,6 +37,9 @@ class RequestOptions:
         None
     )
     nodes: Annotated[int | None, shape(metavar="N", help="Equal bundles; STRICT_SPREAD parts them.")] = None
+    min_nodes: Annotated[
+        int | None, shape(metavar="N", help="Start with as few where there is no room for --nodes.")
+    ] = None
     gpus_per_node: Annotated[Said, shape(metavar="N", help="Instead of --num-gpus.")] = None
     gpu_type: Annotated[Said, shape(metavar="TYPE", help="A100, or A100,H100: any of them.")] = None
     cpus_per_gpu: Annotated[float | None, shape(metavar="N", help="CPUs reserved with each GPU.")] = None
@@ -50,6 +53,13 @@ class RequestOptions:
     grace: Annotated[Said, manner(metavar="TIME", help="From SIGTERM to SIGKILL; 30s by default.")] = None
     priority: Annotated[Said, manner(metavar="P", help="A number, or low, normal, high.")] = None
     queue: Annotated[Said, manner(metavar="NAME", help="The queue to stand in.")] = None
+    after: Annotated[Said, manner(metavar="ID,…", help="Start when these jobs have succeeded.")] = None
+    array: Annotated[int | None, manner(metavar="N", help="N jobs; each has its RM_ARRAY_INDEX.")] = None
+    hold: Annotated[bool, manner("--hold", help="Queue it, but wait for `rmctl release`.")] = False
+    no_preempt: Annotated[bool, manner("--no-preempt", help="Never stop it for others.")] = False
+    min_runtime: Annotated[
+        Said, manner(metavar="TIME", help="Do not stop it for others before it has run so long.")
+    ] = None
     max_retries: Annotated[int | None, manner(metavar="N", help="New tries after it failed.")] = None
     max_infra_retries: Annotated[
         int | None, manner(metavar="N", help="New tries after a node or runner was lost.")
@@ -65,8 +75,10 @@ class RequestOptions:
     def given(self) -> dict[str, Any]:
         """Keyword arguments for `Client.submit`: what was said, nothing else. Raises InvalidSpec."""
         said = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in ("label", "env", "pip"):
+        for name in ("label", "env", "pip", "no_preempt"):
             said.pop(name)
+        said["hold"] = self.hold or None
+        said["preemptible"] = False if self.no_preempt else None
         for name in ("num_gpus", "gpus_per_node"):
             said[name] = _amount(name, said[name])
         if said["num_gpus"] is None and said["gpus_per_node"] is None:
@@ -133,6 +145,10 @@ def run(ctx: typer.Context, words: Words, request: RequestOptions) -> int:
     Ctrl-C cancels it. The job also ends when this process dies, so that nobody holds GPUs for a closed terminal.
     """
     options = request.given()
+    if request.array is not None:
+        raise InvalidSpec(
+            "array: `rmctl run` stays with one job; hand an array in with `rmctl submit`", field="array"
+        )
     job = connect(ctx, start=True).submit(_entry(words), attach=True, **options)
     from rm.attached import follow_to_exit
 

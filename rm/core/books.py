@@ -43,6 +43,8 @@ class Books:
         self.dependents: dict[str, set[str]] = {}
         self.evictable: dict[str, dict[int, int]] = {}
         """Queue → priority → how many attempts may be evicted, `min_runtime` aside."""
+        self.runs: dict[str, dict[str, None]] = {}
+        """Queue → its attempts that are not ending."""
         self.elastic: dict[str, None] = {}
         """Attempts that hold more bundles than their gang's minimum."""
         self.unchecked: dict[str, None] = {}
@@ -124,6 +126,7 @@ class Books:
         insort(self.ends, (end, job.seq, job.id))
         if job.time_limit_s is not None and attempt.started_at is not None and attempt.phase is Phase.RUNNING:
             self.timed[job.id] = attempt.started_at + job.time_limit_s
+        self.runs.setdefault(job.queue, {})[job.id] = None
         if len(attempt.placed) > job.gang.minimum:
             self.elastic[job.id] = None
         if job.preemptible:
@@ -138,6 +141,10 @@ class Books:
         del self.ends[bisect_left(self.ends, entry)]
         self.timed.pop(job.id, None)
         self.elastic.pop(job.id, None)
+        runs = self.runs[job.queue]
+        del runs[job.id]
+        if not runs:
+            del self.runs[job.queue]
         if job.preemptible:
             counts = self.evictable[job.queue]
             counts[job.priority] -= 1

@@ -23,7 +23,7 @@ the same state and time plans nothing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Self
@@ -38,6 +38,7 @@ from rm.core.backfill import (
     reserve,
     still_good,
 )
+from rm.core.books import START_S
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
@@ -56,6 +57,8 @@ EVICTIONS_PER_CYCLE = 16
 """Searches for victims in one cycle. Whoever is not reached waits for the next event."""
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
+FEW = 64
+"""Admissions in one cycle up to which it pays to ask after each one what still fits."""
 BACKFILL_DEPTH = 100
 """Jobs of one group that are asked whether they end before a reservation is due."""
 
@@ -87,9 +90,14 @@ def schedule(state: ClusterState, now: float) -> Plan:
 
 def why(state: ClusterState, job: Job, now: float) -> Reason:
     """The present reason of a queued job, with fresh evidence. For readers; the cycle doesn't need it."""
+    return why_each(state, (job,), now)[job.id]
+
+
+def why_each(state: ClusterState, jobs: Iterable[Job], now: float) -> dict[str, Reason]:
+    """As `why`, for many jobs after one walk."""
     with Cycle(state, now, for_readers=True) as cycle:
         cycle.walk()
-        return reason_of(cycle, job)
+        return {job.id: reason_of(cycle, job) for job in jobs}
 
 
 class Cycle:
@@ -109,10 +117,12 @@ class Cycle:
         self.bounds: set[str] = set()
         """Bounds that this cycle hit; their names go into the reasons."""
         self._events: list[JobAdmitted | StopRequested] = []
-        self._given: Given = {}
+        self._given = Given(state, now)
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
+        self._full_in_time: set[tuple[str, str, Gang]] = set()
+        """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
         self._evictors: set[str] | None = None
@@ -124,6 +134,7 @@ class Cycle:
         self._taken: dict[str, list[Taken]] = {}
         self._fresh: list[tuple[float, Job, Attempt]] = []
         self._searches = 0
+        self._cover: tuple[tuple[int, int], bool] | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -187,7 +198,7 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self.now, self._given)
+        line = Line(groups, self.state, self._given)
         while not self._finished() and self._serve(line):
             pass
 
@@ -202,6 +213,7 @@ class Cycle:
         self._put_back()
         self.closed.clear()
         self._full.clear()
+        self._full_in_time.clear()
         self.first_blocked = None
         self._fit_in_time = 0
 
@@ -218,7 +230,7 @@ class Cycle:
                 if not self._worth(state.pending.masks[queue], queue):
                     heapq.heappop(heap)
                     continue
-                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self.now, self._given)
+                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self._given)
             turn = line.first()
             if turn is None:
                 heapq.heappop(heap)
@@ -271,6 +283,8 @@ class Cycle:
         if not options or not self._feasible(job):
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
+            if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
+                self._fit &= self._fitting()
             return True
         if self._in_time(turn, options):
             return True
@@ -313,7 +327,7 @@ class Cycle:
         if most is None:
             return UNLIMITED
         held = self.state.books.held_by(job.queue, job.owner)
-        return most - held - self._given.get((job.queue, job.owner), 0)
+        return most - held - self._given.units(job.queue, job.owner)
 
     def place(self, gang: Gang, option: Option) -> tuple[PlacedBundle, ...] | None:
         classes = option.classes
@@ -327,8 +341,7 @@ class Cycle:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
         self._charge(job.queue, option.kind, units)
-        owner = job.queue, job.owner
-        self._given[owner] = self._given.get(owner, 0) + units
+        self._given.give(job.queue, job.owner, units)
         end = end_if_started(job, self.state, self.now)
         for each in places:
             taken = Taken((job.id, job.attempts + 1), each.slots, job.gang.bundle.gpu_units, end)
@@ -408,10 +421,7 @@ class Cycle:
         self._charge(*kept)
         self._kept_quota[job.id] = kept
         self._hold(reservation)
-        if any(each.at > self.now and each.at != inf for each in self.reservations.values()):
-            self._lift()
-            self._fit_in_time = self._fitting()
-            self._put_back()
+        self._fit_in_time = self._fitting_in_time() if self.holds else 0
 
     def _hold(self, reservation: Reservation) -> None:
         for node_id in reservation.need:
@@ -454,25 +464,41 @@ class Cycle:
         group = turn.group
         if not self._fit_in_time & group.shape.bit:
             return False
+        same = group.queue, group.owner, group.shape.gang
+        if same in self._full_in_time:
+            return False
         before = len(self.admitted)
-        dated = [(self._due(option), option) for option in options]
-        last = min(len(group.jobs), turn.index + BACKFILL_DEPTH)
-        if last < len(group.jobs):
-            self.bounds.add("backfill_depth")
+        candidates = list(self._short_enough(turn, options))
+        if not candidates:
+            return False
         self._lift()
         try:
-            for index in range(turn.index, last):
-                job = self.state.jobs[group.jobs[index][1]]
-                if job.id in self.admitted or job.id in self.reservations:
-                    continue
-                end = end_if_started(job, self.state, self.now)
-                in_time = [option for due, option in dated if end <= due]
-                if in_time and not self._admit_in_time(job, in_time) and len(in_time) == len(options):
+            for job, in_time in candidates:
+                if not self._admit_in_time(job, in_time) and len(in_time) == len(options):
+                    self._full_in_time.add(same)
                     break
         finally:
             self._put_back()
         self._loosened |= len(self.admitted) > before
         return turn.job_id in self.admitted
+
+    def _short_enough(self, turn: Turn, options: Sequence[Option]) -> Iterator[tuple[Job, list[Option]]]:
+        """The jobs of the group that end before a reservation is due, with the options for which they do."""
+        dated = [(due, option) for option in options if (due := self._due(option)) > self.now]
+        if not dated:
+            return
+        jobs = turn.group.jobs
+        last = min(len(jobs), turn.index + BACKFILL_DEPTH)
+        if last < len(jobs):
+            self.bounds.add("backfill_depth")
+        for index in range(turn.index, last):
+            job = self.state.jobs[jobs[index][1]]
+            if job.id in self.admitted or job.id in self.reservations:
+                continue
+            end = end_if_started(job, self.state, self.now)
+            in_time = [option for due, option in dated if end <= due]
+            if in_time:
+                yield job, in_time
 
     def _due(self, option: Option) -> float:
         """When the first reservation on these classes is due; -inf where nobody knows."""
@@ -551,6 +577,12 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
+        counts = len(self.reservations), len(self.closed)
+        if self._cover is None or self._cover[0] != counts:
+            self._cover = counts, self._is_covered()
+        return self._cover[1]
+
+    def _is_covered(self) -> bool:
         classes = self.state.capacity.classes
         match self.state.policy.backfill:
             case Backfill.SKIP:
@@ -569,6 +601,24 @@ class Cycle:
         for shape in self.state.pending.shapes.values():
             if may_fit(shape.gang, capacity.matching(shape.gang)):
                 mask |= shape.bit
+        return mask
+
+    def _fitting_in_time(self) -> int:
+        """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
+        last = max((each.at for each in self.reservations.values() if each.at != inf), default=self.now)
+        most_s = last - self.now - START_S
+        if most_s <= 0:
+            return 0
+        predicted = self.state.policy.predicted_limits
+        short = 0
+        for shape in self.state.pending.shapes.values():
+            if predicted or (shape.limits_s and shape.limits_s[0] <= most_s):
+                short |= shape.bit
+        if not short:
+            return 0
+        self._lift()
+        mask = self._fitting() & short
+        self._put_back()
         return mask
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:

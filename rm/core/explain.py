@@ -123,6 +123,15 @@ def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
     quota, units = cycle.state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
     options = cycle.notes.options.of(job.queue, job.gang)
     most = max((quota.most(job.queue, option.kind) for option in options), default=0)
+    rules = cycle.state.policy.queues.get(job.queue)
+    if rules is not None and rules.max_gpus_per_owner is not None and rules.max_gpus_per_owner < units:
+        limit = gpu_count(rules.max_gpus_per_owner)
+        return Reason(
+            reasons.EXCEEDS_QUOTA,
+            f"needs {_gpus(units)}; in queue {job.queue} one owner may never hold more than {limit:g}",
+            {"needed_gpus": gpu_count(units), "owner_limit_gpus": limit, "queue": job.queue},
+            "ask for fewer GPUs, or use a queue with a larger limit",
+        )
     if most >= units:
         return None
     return Reason(

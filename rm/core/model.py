@@ -65,6 +65,10 @@ class Gang:
     labels: tuple[tuple[str, str], ...] = ()
     least: int = 0
 
+    def __hash__(self) -> int:
+        # Asked for thousands of times in a cycle: what differs most between gangs is enough.
+        return hash((self.bundle.gpu_units, self.bundle.cpu_milli, self.count, self.gpu_types))
+
     @property
     def gpu_units(self) -> int:
         return self.bundle.gpu_units * self.count

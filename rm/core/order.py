@@ -19,8 +19,39 @@ from rm.core.pending import Group
 from rm.core.policy import Order
 from rm.core.state import ClusterState
 
-Given = dict[tuple[str, str], int]
-"""(queue, owner) → units that this cycle has given already."""
+
+class Given:
+    """What this cycle has given to whom, and the standings that follow. One for all lines of a cycle."""
+
+    __slots__ = ("_half_life_s", "_now", "_standings", "_units", "_usage")
+
+    def __init__(self, state: ClusterState, now: float) -> None:
+        self._usage = state.books.usage
+        self._half_life_s = state.policy.half_life_s
+        self._now = now
+        self._units: dict[tuple[str, str], int] = {}
+        self._standings: dict[tuple[str, str], float] = {}
+
+    def give(self, queue: str, owner: str, units: int) -> None:
+        key = queue, owner
+        self._units[key] = self._units.get(key, 0) + units
+        self._standings.pop(key, None)
+
+    def units(self, queue: str, owner: str) -> int:
+        """Units given in this cycle."""
+        return self._units.get((queue, owner), 0)
+
+    def standing(self, queue: str, owner: str) -> float:
+        """The owner's decayed usage, what was given just now included."""
+        key = queue, owner
+        found = self._standings.get(key)
+        if found is None:
+            usage = self._usage.get(key)
+            found = usage.standing(self._now, self._half_life_s) if usage is not None else 0.0
+            if key in self._units:
+                found += soon(self._units[key], self._half_life_s)
+            self._standings[key] = found
+        return found
 
 
 class Turn:
@@ -44,11 +75,10 @@ class Turn:
 class Line:
     """Groups in order: those of one queue, or of all. An owner who is served steps back at once."""
 
-    __slots__ = ("_given", "_heap", "_now", "_state")
+    __slots__ = ("_given", "_heap", "_state")
 
-    def __init__(self, groups: Iterable[Group], state: ClusterState, now: float, given: Given) -> None:
+    def __init__(self, groups: Iterable[Group], state: ClusterState, given: Given) -> None:
         self._state = state
-        self._now = now
         self._given = given
         self._heap = [self._entry(Turn(group)) for group in groups]
         heapq.heapify(self._heap)
@@ -76,26 +106,19 @@ class Line:
 
     def _entry(self, turn: Turn) -> tuple[tuple[float, ...], int, Turn]:
         # (priority, …, seq) is unique: no two turns are ever compared.
-        return group_key(turn, self._state, self._now, self._given), turn.seq, turn
+        return group_key(turn, self._state, self._given), turn.seq, turn
 
 
-def group_key(turn: Turn, state: ClusterState, now: float, given: Given) -> tuple[float, ...]:
+def group_key(turn: Turn, state: ClusterState, given: Given) -> tuple[float, ...]:
     """Where a turn stands in its line: lower comes first."""
-    policy, group = state.policy, turn.group
-    match policy.order:
-        case Order.FIFO:
-            return (-group.priority, turn.seq)
-        case Order.SHORTEST_FIRST:
-            job = state.jobs[turn.job_id]
-            score = rank_waiting(job, state) * job.gang.gpu_units
-            return (-group.priority, score, turn.seq)
-        case Order.FAIR:
-            owner = group.queue, group.owner
-            usage = state.books.usage.get(owner)
-            standing = usage.standing(now, policy.half_life_s) if usage is not None else 0.0
-            if owner in given:
-                standing += soon(given[owner], policy.half_life_s)
-            return (-group.priority, standing, turn.seq)
+    group, seq = turn.group, turn.group.jobs[turn.index][0]
+    order = state.policy.order
+    if order is Order.FAIR:
+        return (-group.priority, given.standing(group.queue, group.owner), seq)
+    if order is Order.FIFO:
+        return (-group.priority, seq)
+    job = state.jobs[turn.job_id]
+    return (-group.priority, rank_waiting(job, state) * job.gang.gpu_units, seq)
 
 
 def queue_key(queue: str, within: tuple[bool, ...], state: ClusterState) -> tuple[object, ...]:

@@ -21,15 +21,16 @@ ONE_NAME = 100
 
 
 class Shape:
-    """A gang that some pending job wants. `bit` marks it in masks."""
+    """A gang that some pending job wants. `bit` marks it in masks; `limits_s`: the jobs' time limits, ascending."""
 
-    __slots__ = ("bit", "gang", "jobs", "number")
+    __slots__ = ("bit", "gang", "jobs", "limits_s", "number")
 
     def __init__(self, gang: Gang, number: int) -> None:
         self.gang = gang
         self.number = number
         self.bit = 1 << number
         self.jobs = 0
+        self.limits_s: list[float] = []
 
 
 class Group:
@@ -114,6 +115,8 @@ class Pending:
         del group.jobs[bisect_left(group.jobs, entry)]
         shape = group.shape
         shape.jobs -= 1
+        if job.time_limit_s is not None:
+            del shape.limits_s[bisect_left(shape.limits_s, job.time_limit_s + job.grace_s)]
         if not group.jobs:
             groups = self.groups[group.queue]
             del groups[_key(group)]
@@ -163,6 +166,14 @@ class Pending:
                     assert self._home[job_id] is group, f"{job_id} is not at home"
                     seen.add(job_id)
             assert self.masks[queue] == mask, f"mask of {queue}"
+        for gang, shape in self.shapes.items():
+            homes = [job for job in self.jobs_by_id.values() if self._home[job.id] is not None]
+            limits = [
+                job.time_limit_s + job.grace_s
+                for job in homes
+                if job.gang == gang and job.time_limit_s is not None
+            ]
+            assert shape.limits_s == sorted(limits), f"limits of {gang}"
         assert seen == {job_id for job_id, group in self._home.items() if group is not None}, "homes"
         assert self._home.keys() == self.jobs_by_id.keys(), "records"
 
@@ -183,6 +194,8 @@ class Pending:
             self.masks[job.queue] = self.masks.get(job.queue, 0) | shape.bit
         insort(group.jobs, (job.seq, job.id))
         shape.jobs += 1
+        if job.time_limit_s is not None:
+            insort(shape.limits_s, job.time_limit_s + job.grace_s)
         self._home[job.id] = group
 
 

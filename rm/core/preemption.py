@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
+from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, Phase, StopCause
-from rm.core.policy import Preempt, Reclaim
+from rm.core.policy import ANY, Preempt, Reclaim
 from rm.core.relief import Relief
 from rm.core.state import ClusterState
 
@@ -197,7 +198,14 @@ def _candidates(
             lawful[key] = quota.may_reclaim(job.queue, units, queue, its_kind)
         return lawful[key]
 
-    for other_id in state.books.charged_jobs():
+    runs, kinds = state.books.runs, (*quota.kinds, ANY)
+    lawful_queues = [
+        each
+        for each in runs
+        if each == job.queue
+        or (across and each in state.policy.queues and any(borrows(each, its_kind) for its_kind in kinds))
+    ]
+    for other_id in (other_id for each in lawful_queues for other_id in runs[each]):
         other = state.jobs[other_id]
         attempt = other.attempt
         if attempt is None or not other.preemptible or other_id in spared or other_id in state.books.ending:
@@ -211,7 +219,9 @@ def _candidates(
         else:
             allowed = borrowing and (queue.reclaim is Reclaim.ANY or other.priority < job.priority)
         least = other.gang.minimum
-        shrinks = least < len(attempt.placed) and (allowed or (same and other.priority <= job.priority))
+        shrinks = least < len(attempt.placed) and (
+            allowed or (same and _comes_before(job, other, state, now))
+        )
         if not allowed and not shrinks:
             continue
         protected_until = _protected_until(other, attempt, state)
@@ -227,6 +237,19 @@ def _candidates(
                 wake(protected_until)
             else:
                 yield _Candidate(other, attempt, borrowing, False)
+
+
+def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool:
+    """Whether `job` would be first if both waited: else `other`, shrunk for it, would take all back at once."""
+    if job.priority != other.priority or job.owner == other.owner:
+        return (-job.priority, job.seq) < (-other.priority, other.seq)
+    standings = []
+    for each in (job, other):
+        usage = state.books.usage.get((each.queue, each.owner))
+        held = other.gang.minimum * other.gang.bundle.gpu_units - other.held_units if each is other else 0
+        now_held = usage.standing(now, state.policy.half_life_s) if usage is not None else 0.0
+        standings.append(now_held + soon(held, state.policy.half_life_s))
+    return standings[0] < standings[1]
 
 
 def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:

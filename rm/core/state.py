@@ -539,7 +539,7 @@ class ClusterState:
                 if each.node_id in nodes:
                     nodes[each.node_id] = charged(nodes[each.node_id], job.gang.bundle, each.slots, +1)
         _require(nodes == dict(self.nodes), "the nodes' free amounts are not capacity minus live attempts")
-        for name in ("charged_on", "timed", "ending", "dependents", "evictable", "elastic"):
+        for name in ("charged_on", "timed", "ending", "dependents", "evictable", "elastic", "runs"):
             ours, fresh = getattr(self.books, name), getattr(books, name)
             _require(ours == fresh, f"{name} is {ours}, the records say {fresh}")
         _require(set(self.books.unchecked) == set(books.unchecked), "who was looked at")

@@ -6,6 +6,6 @@ SQLite by default, PostgreSQL by URL. Knows the core's records and the request's
 from __future__ import annotations
 
 from rm.ledger.ledger import Ledger
-from rm.ledger.rows import Accepted, Batch, EventRow, JobRow, Loaded
+from rm.ledger.rows import Accepted, AppliedPolicy, Batch, EventRow, JobRow, Loaded
 
-__all__ = ["Accepted", "Batch", "EventRow", "JobRow", "Ledger", "Loaded"]
+__all__ = ["Accepted", "AppliedPolicy", "Batch", "EventRow", "JobRow", "Ledger", "Loaded"]

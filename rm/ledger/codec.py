@@ -23,6 +23,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from rm.core.events import Event, JobSubmitted
 from rm.core.model import Job
+from rm.ledger.rows import AppliedPolicy
 from rm.spec import JobSpec
 
 Record = TypeVar("Record")
@@ -41,6 +42,8 @@ PROGRESS_FIELDS = frozenset(
         "attempts",
         "failures",
         "infra_failures",
+        "evictions",
+        "ran_s",
         "eligible_at",
         "queued_at",
         "first_started_at",
@@ -75,6 +78,15 @@ def decode_spec(text: str) -> JobSpec:
     return JobSpec.model_validate_json(text)
 
 
+def encode_policy(applied: AppliedPolicy) -> str:
+    return _encode(applied)
+
+
+def decode_policy(text: str) -> AppliedPolicy:
+    """Raises ValueError (pydantic's) for text that is no policy."""
+    return _decode(_POLICY, text)
+
+
 def encode_event(event: Event) -> str:
     """The event's body. JobSubmitted holds the request's own fields only: the rest has not happened yet."""
     return _encode(event, {"job": set(PROGRESS_FIELDS)} if isinstance(event, JobSubmitted) else None)
@@ -95,6 +107,11 @@ def event_fields(text: str) -> dict[str, Any]:
     for name in ("at", "job_id", "attempt"):
         body.pop(name, None)
     return body
+
+
+def uncolumn(stored: str) -> str:
+    """The inverse of `column` for text that fits one; a longer one comes back cut, as it is stored."""
+    return _restored(stored)
 
 
 def column(text: str) -> str:
@@ -127,6 +144,7 @@ def _decode(adapter: TypeAdapter[Record], text: str) -> Record:
 
 
 _JOB = TypeAdapter(Job)
+_POLICY = TypeAdapter(AppliedPolicy)
 
 
 @cache

@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Select, bindparam, func, make_url, select, update
+from sqlalchemy import Select, bindparam, func, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError
 
+from rm.core.books import Owner
+from rm.core.fairshare import Usage
 from rm.core.model import TERMINAL, Job, Status
 from rm.core.resources import gpu_count
 from rm.errors import LedgerUnavailable, UnknownJob
 from rm.ledger import codec
 from rm.ledger.database import Database
-from rm.ledger.rows import Accepted, Batch, EventRow, JobRow, Loaded
+from rm.ledger.rows import Accepted, AppliedPolicy, Batch, EventRow, JobRow, Loaded
 from rm.ledger.schema import read_key
-from rm.ledger.tables import events, jobs
+from rm.ledger.tables import events, jobs, meta, usage
 from rm.spec import JobSpec
 from rm.views import EventView
 
@@ -34,6 +36,10 @@ Value = TypeVar("Value")
 Fields = dict[str, Any]
 
 LIVE = tuple(str(status) for status in Status if status not in TERMINAL)
+LEARNT_FROM = 2_000
+"""How many of the latest ended jobs `load` gives, to learn durations from."""
+POLICY = "policy"
+"""The row of `meta` that holds the rules in force."""
 KEYS_AT_ONCE = 1_000
 """Most parameters of one query; SQLite allows 32,766."""
 
@@ -81,12 +87,24 @@ class Ledger:
     # --- the writer's two calls --------------------------------------------------------------------------
 
     def load(self) -> Loaded:
-        """Every job that has not ended, and the next `seq`. Includes all that was ever committed."""
-        live = select(jobs.c.id, jobs.c.record).where(jobs.c.status.in_(LIVE)).order_by(jobs.c.seq)
+        """Every job that has not ended, and what else the allocator needs. Includes all that was ever committed."""
+        records = select(jobs.c.id, jobs.c.record)
+        live = records.where(jobs.c.status.in_(LIVE)).order_by(jobs.c.seq)
+        # By seq, which has an index: about the latest is good enough to learn from.
+        ended = records.where(jobs.c.ended_at.is_not(None)).order_by(jobs.c.seq.desc()).limit(LEARNT_FROM)
         with self._database.transaction("read") as connection:
             rows = connection.execute(live).all()
+            ended_rows = connection.execute(ended).all()
+            used = connection.execute(select(usage)).all()
+            policy = connection.execute(_POLICY_ROW).scalar()
             last = connection.execute(select(func.max(jobs.c.seq))).scalar()
-        return Loaded([_job(row) for row in rows], (last or 0) + 1)
+        return Loaded(
+            [_job(row) for row in rows],
+            (last or 0) + 1,
+            [((codec.uncolumn(each.queue), codec.uncolumn(each.owner)), _usage(each)) for each in used],
+            sorted((_job(row) for row in ended_rows), key=lambda job: job.ended_at or 0.0),
+            None if policy is None else _decoded("the policy", codec.decode_policy, policy),
+        )
 
     def commit(self, batch: Batch) -> None:
         """Write the batch in one transaction, durably. Raises LedgerUnavailable: then none of it is written."""
@@ -95,7 +113,8 @@ class Ledger:
         added = [_accepted_fields(each, changed.pop(each.job.id, each.job)) for each in batch.accepted]
         moved = [{"of": codec.column(job.id), **_record_fields(job)} for job in changed.values()]
         happened = [_event_fields(row) for row in batch.events]
-        if not (added or moved or happened):
+        used = [_usage_fields(*each) for each in batch.usage]
+        if not (added or moved or happened or used or batch.policy):
             return
         with self._database.transaction() as connection:
             if added:
@@ -109,6 +128,11 @@ class Ledger:
                     )
             if happened:
                 connection.execute(events.insert(), happened)
+            if used:
+                connection.execute(_USED, used)
+            if batch.policy is not None:
+                row = {"name": POLICY, "value": codec.encode_policy(batch.policy)}
+                connection.execute(_SET_META, row)
 
     # --- reads -------------------------------------------------------------------------------------------
 
@@ -123,6 +147,27 @@ class Ledger:
         if not rows:
             raise UnknownJob(f"there is no job {job_id!r} in the ledger", field="job_id")
         return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
+
+    def policy(self) -> AppliedPolicy | None:
+        """The rules in force, or None where none were ever applied."""
+        rows = self._read(_POLICY_ROW)
+        return _decoded("the policy", codec.decode_policy, rows[0].value) if rows else None
+
+    def members(self, array_id: str) -> list[JobRow]:
+        """The jobs of an array, by index; empty where there is no such array."""
+        rows = self._read(_JOB_ROW.where(jobs.c.array == codec.column(array_id)).order_by(jobs.c.seq))
+        return [_job_row(row) for row in rows]
+
+    def tally(self, array_id: str) -> dict[Status, int]:
+        """How many of an array's jobs have each status; empty where there is no such array."""
+        query = select(jobs.c.status, func.count()).where(jobs.c.array == codec.column(array_id))
+        return {Status(row[0]): row[1] for row in self._read(query.group_by(jobs.c.status))}
+
+    def last_end(self, array_id: str) -> float | None:
+        """When the latest of an array's ended jobs ended."""
+        query = select(func.max(jobs.c.ended_at)).where(jobs.c.array == codec.column(array_id))
+        found: float | None = self._read(query)[0][0]
+        return found
 
     def jobs(
         self,
@@ -142,11 +187,16 @@ class Ledger:
             query = query.where(jobs.c.name == codec.column(name))
         return [_job_row(row) for row in self._read(query)]
 
-    def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
-        """The oldest `limit` events with a number above `after`, of one job or of all, in order."""
+    def events(
+        self, job_id: str | None = None, after: int = 0, limit: int = 1000, *, array_id: str | None = None
+    ) -> list[EventView]:
+        """The oldest `limit` events with a number above `after`, of one job, of an array or of all, in order."""
         query = select(events).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
         if job_id is not None:
             query = query.where(events.c.job_id == codec.column(job_id))
+        if array_id is not None:
+            members = select(jobs.c.id).where(jobs.c.array == codec.column(array_id))
+            query = query.where(events.c.job_id.in_(members))
         return [_event_view(row) for row in self._read(query)]
 
     def submitted(self, keys: Sequence[str]) -> dict[str, str]:
@@ -171,6 +221,16 @@ class Ledger:
 
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
 _MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
+_POLICY_ROW = select(meta.c.value).where(meta.c.name == POLICY)
+_USED = text(
+    "INSERT INTO usage (queue, owner, average, at) VALUES (:queue, :owner, :average, :at) "
+    "ON CONFLICT (queue, owner) DO UPDATE SET average = excluded.average, at = excluded.at"
+)
+_SET_META = text(
+    "INSERT INTO meta (name, value) VALUES (:name, :value) "
+    "ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+)
+"""Both databases know this form."""
 
 
 def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
@@ -178,6 +238,7 @@ def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
         "id": codec.column(job.id),
         "key": codec.column(accepted.key),
         "spec": codec.encode_spec(accepted.spec),
+        "array": codec.column(job.array) if job.array else None,
         **_record_fields(job),
     }
 
@@ -194,6 +255,20 @@ def _record_fields(job: Job) -> Fields:
         "ended_at": None if job.ended_at is None else _moment(job.ended_at),
         "record": codec.encode_job(job),
     }
+
+
+def _usage_fields(owner: Owner, used: Usage) -> Fields:
+    queue, name = owner
+    return {
+        "queue": codec.column(queue),
+        "owner": codec.column(name),
+        "average": _moment(used.average),
+        "at": _moment(used.at),
+    }
+
+
+def _usage(row: Any) -> Usage:
+    return Usage(row.average, 0, row.at)
 
 
 def _event_fields(row: EventRow) -> Fields:

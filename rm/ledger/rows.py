@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rm.core.books import Owner
 from rm.core.capacity import Totals
 from rm.core.events import Event
+from rm.core.fairshare import Usage
 from rm.core.model import Job
+from rm.core.policy import Policy
 from rm.spec import JobSpec
 
 
@@ -29,23 +32,43 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedPolicy:
+    """The rules in force, the rm.yaml that they came from, and who applied it when."""
+
+    policy: Policy
+    text: str = ""
+    by: str = ""
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Everything that one turn of the writer decided: committed as a whole or not at all.
 
-    `changed` holds last records. A job that is accepted and changed in one batch may stand in both.
+    `changed` holds last records. A job that is accepted and changed in one batch may stand in both. `usage`: the
+    owners' averages that changed. `policy`: the rules, where the batch changed them.
     """
 
     accepted: list[Accepted] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
     changed: list[Job] = field(default_factory=list)
+    usage: list[tuple[Owner, Usage]] = field(default_factory=list)
+    policy: AppliedPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What an allocator starts from: the jobs that have not ended, by `seq`, and the next free `seq`."""
+    """What an allocator starts from: the jobs that have not ended, by `seq`, and the next free `seq`.
+
+    `ended`: the latest ended jobs, oldest first, from which durations are learnt. `policy`: None where none was
+    ever applied.
+    """
 
     jobs: list[Job]
     next_seq: int
+    usage: list[tuple[Owner, Usage]] = field(default_factory=list)
+    ended: list[Job] = field(default_factory=list)
+    policy: AppliedPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

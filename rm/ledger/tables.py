@@ -41,11 +41,23 @@ jobs = Table(
     Column("key", Text, nullable=False, unique=True),
     Column("record", Text, nullable=False),
     Column("spec", Text, nullable=False),
+    Column("array", Text),
     # Every listing is in the order of submission: `seq` ends each index, so that no query sorts.
     Index("ix_jobs_status", "status", "seq"),
     Index("ix_jobs_owner", "owner", "seq"),
     Index("ix_jobs_name", "name", "seq"),
+    Index("ix_jobs_array", "array", "seq"),
 )
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("queue", Text, primary_key=True),
+    Column("owner", Text, primary_key=True),
+    Column("average", Double, nullable=False),
+    Column("at", Double, nullable=False),
+)
+"""GPU units that an owner held in a queue, averaged over time, as of `at`."""
 
 events = Table(
     "events",

@@ -13,35 +13,50 @@ import logging
 import os
 import shlex
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
 import rm
-from rm.core.cycle import why
-from rm.core.events import StopRequested
-from rm.core.model import Job, Kind, Status, StopCause, attempt_key
+from rm.core.cycle import why_each
+from rm.core.events import CheckpointReported, HoldChanged, StopRequested
+from rm.core.forecast import Twin
+from rm.core.model import TERMINAL, Job, Kind, Status, StopCause, attempt_key
+from rm.core.policy import Policy
 from rm.core.reasons import Reason
-from rm.core.shapes import resolve
 from rm.errors import (
     AllocatorUnavailable,
     InvalidSpec,
     LeaseLost,
     LedgerUnavailable,
+    RequestError,
     UnknownJob,
-    UnknownQueue,
 )
 from rm.ledger import Ledger
+from rm.runtime.drafts import Dependencies, draft
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
 from rm.runtime.nodes import NodeWatch
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.writer import Writer
+from rm.settings import Settings
+from rm.settings_change import consequences
 from rm.spec import Config, JobSpec
-from rm.views import EventView, JobView, NodeView, job_view, node_view, reason_dict
+from rm.views import (
+    EventView,
+    JobView,
+    NodeView,
+    QueueView,
+    array_view,
+    job_view,
+    node_view,
+    queue_views,
+    reason_dict,
+)
 
 log = logging.getLogger("rm.allocator")
 
@@ -50,9 +65,13 @@ NODE_TYPES_LOOK_S = 60.0
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
 SPECS_KEPT = 2_000
+SAME_CHECKPOINT_S = 0.05
 FIRST_TURN_S = 5.0
 """How long the first answer waits for the writer's first commit."""
-QUEUES = frozenset({"default"})
+ARRAY_LOOK_S = 1.0
+"""How long at most an array is not counted anew for somebody who waits for it."""
+ARRAY_PAUSE_S = 0.05
+"""Between two counts: thousands of jobs may end in a second."""
 
 
 class Allocator:
@@ -122,7 +141,7 @@ class Allocator:
         await self._watch.observe_node_types()
         for job in self._writer.state.jobs.values():
             if job.ttl_s is not None:
-                self._holders.add(job.id, job.ttl_s)
+                self._holders.add(job.array or job.id, job.ttl_s)
         self._writer.start_scheduling()
         self._tasks = [
             asyncio.create_task(self._writer.run()),
@@ -150,8 +169,9 @@ class Allocator:
     async def _listen_for_holders(self) -> None:
         while True:
             await asyncio.sleep(HOLDERS_LOOK_S)
-            for job_id in self._holders.silent():
-                self._writer.post(StopRequested(time.time(), job_id, StopCause.HOLDER_LOST))
+            for held in self._holders.silent():
+                for job_id in self._live_members(held) or [held]:
+                    self._writer.post(StopRequested(time.time(), job_id, StopCause.HOLDER_LOST))
 
     async def _look_at_node_types(self) -> None:
         while True:
@@ -185,29 +205,24 @@ class Allocator:
         # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
         async with self._one_submission(keys):
             known = await asyncio.to_thread(self._ledger.submitted, keys)
-            drafts = self._drafts([(s, k) for s, k in zip(specs, keys, strict=True) if k not in known])
+            new = [(spec, key) for spec, key in zip(specs, keys, strict=True) if key not in known]
+            waits = Dependencies(self._writer, self._ledger)
+            await waits.settle(name for spec, _ in new for name in spec.after)
+            # From here to the writer's inbox nothing is waited for: what was settled stays so.
+            policy, shapes, now = self._writer.state.policy, self._writer.state.node_shapes(), time.time()
+            drafts = [
+                (spec, key, draft(spec, policy, shapes, waits.left(spec.after), now)) for spec, key in new
+            ]
             accepted = iter(await self._writer.submit(drafts) if drafts else [])
-        ids = [known.get(key) or next(accepted) for key in keys]
+        ids = [
+            _submission_id(spec, known[key]) if key in known else next(accepted)
+            for spec, key in zip(specs, keys, strict=True)
+        ]
         for spec, job_id in zip(specs, ids, strict=True):
             self._remember(job_id, spec)
             if spec.ttl_s is not None:
                 self._holders.add(job_id, spec.ttl_s)
         return ids
-
-    def _drafts(
-        self, requests: list[tuple[JobSpec, str]]
-    ) -> list[tuple[JobSpec, str, Callable[[str, int], Job]]]:
-        """Requests cut into gangs. Raises UnknownQueue, Infeasible, InvalidSpec."""
-        drafts = []
-        shapes = self._writer.state.node_shapes()
-        for spec, key in requests:
-            if spec.queue not in QUEUES:
-                raise UnknownQueue(
-                    f"queue: there is no queue {spec.queue!r}; known queues: {', '.join(sorted(QUEUES))}",
-                    field="queue",
-                )
-            drafts.append((spec, key, _maker(spec, resolve(spec.resources.request(), shapes))))
-        return drafts
 
     @contextlib.asynccontextmanager
     async def _one_submission(self, keys: list[str]) -> AsyncIterator[None]:
@@ -222,9 +237,18 @@ class Allocator:
                 self._submitting.pop(first, None)
 
     async def job(self, job_id: str) -> JobView:
-        """One job, live or ended. Raises UnknownJob."""
+        """One job, live or ended, or an array of jobs as one. Raises UnknownJob."""
         await self._up()
-        return await self._view(await self._find(job_id))
+        return await self._look(job_id)
+
+    async def array(self, array_id: str) -> list[JobView]:
+        """The jobs of an array, by index. Raises UnknownJob."""
+        await self._up()
+        rows = await asyncio.to_thread(self._ledger.members, array_id)
+        if not rows:
+            await self._find(array_id)
+            raise UnknownJob(f"{array_id} is one job and no array", job=array_id)
+        return await self._views([row.job for row in rows], [row.spec for row in rows])
 
     async def jobs(
         self, *, live_only: bool = True, owner: str | None = None, name: str | None = None, limit: int = 100
@@ -234,55 +258,88 @@ class Allocator:
         if not live_only:
             rows = await asyncio.to_thread(self._ledger.jobs, owner=owner, name=name, limit=limit)
             live = self._writer.view().jobs
-            return [await self._view(live.get(row.job.id, row.job), row.spec) for row in rows]
+            listed = [live.get(row.job.id, row.job) for row in rows]
+            return await self._views(listed, [row.spec for row in rows])
         chosen = [
             job
             for job in self._writer.view().jobs.values()
             if owner in (None, job.owner) and name in (None, job.name)
         ]
         chosen.sort(key=lambda job: -job.seq)
-        return [await self._view(job) for job in chosen[:limit]]
+        return await self._views(chosen[:limit])
 
     async def wait(self, job_id: str, timeout_s: float, seen_status: str | None = None) -> JobView:
         """The job once it has ended, or its status is no longer `seen_status`, or `timeout_s` has passed."""
         await self._up()
         deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         while True:
-            job = await self._find(job_id)
+            job = await self._find_any(job_id)
             left = deadline - time.monotonic()
+            if isinstance(job, Counter):
+                view = await self._array_view(job_id, job)
+                if view.ended or seen_status not in (None, view.status) or left <= 0:
+                    return view
+                await self._writer.changed(job_id, min(ARRAY_LOOK_S, left))
+                await asyncio.sleep(ARRAY_PAUSE_S)
+                continue
             if job.status.terminal or (seen_status not in (None, str(job.status))) or left <= 0:
                 return await self._view(job)
             await self._writer.changed(job_id, left)
 
     async def cancel(self, job_id: str, by: str, *, released: bool = False) -> JobView:
-        """Ask the job to end. Durable when this returns; a job that has ended already is left as it is."""
+        """Ask the job, or all jobs of the array, to end. Durable when this returns; what has ended is left as it is."""
         await self._up()
-        job = await self._find(job_id)
-        if not job.status.terminal:
+        stops = []
+        for job in await self._live(job_id):
             cause = StopCause.RELEASED if released and job.kind is Kind.LEASE else StopCause.CANCELLED
-            await self._writer.request(StopRequested(time.time(), job_id, cause, "" if released else by))
-        return await self._view(await self._find(job_id))
+            stops.append(StopRequested(time.time(), job.id, cause, "" if released else by))
+        await self._writer.request_all(stops)
+        return await self._look(job_id)
+
+    async def hold(self, job_id: str, by: str, *, held: bool) -> JobView:
+        """Keep a queued job, or those of an array that are queued, from starting; or let it go. Durable then."""
+        await self._up()
+        live = await self._live(job_id)
+        queued = [job for job in live if job.status is Status.QUEUED]
+        if not queued:
+            view = await self._look(job_id)
+            raise RequestError(
+                f"{job_id} is {view.status}: only what is queued can be {'held' if held else 'released'}",
+                job=job_id,
+            )
+        now = time.time()
+        await self._writer.request_all([HoldChanged(now, job.id, held, by) for job in queued])
+        return await self._look(job_id)
 
     async def heard(self, job_ids: list[str]) -> dict[str, str]:
         """The holder of these jobs is alive. Returns each job's status."""
         await self._up()
         for job_id in job_ids:
             self._holders.heard(job_id)
-        return {job_id: str((await self._find(job_id)).status) for job_id in job_ids}
+        return {job_id: (await self._look(job_id)).status for job_id in job_ids}
 
     async def why(self, job_id: str) -> dict[str, Any]:
-        """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so."""
+        """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so.
+
+        `start`: when a waiting job will start, see `forecast`.
+        """
         await self._up()
-        job = await self._find(job_id)
-        reason = reason_dict(self._reason(job) or _not_waiting(job))
+        job = await self._find_any(job_id)
+        if isinstance(job, Counter):
+            live = await self._live(job_id)
+            waiting = [each for each in live if each.status is Status.QUEUED]
+            job = (waiting or live or [await self._find(f"{job_id}_0")])[0]
+        reason = reason_dict(self._reasons([job]).get(job.id) or _not_waiting(job))
         assert reason is not None
+        if job.status is Status.QUEUED and not job.held:
+            reason["start"] = await self.forecast(job.id)
         return reason
 
     async def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
         """The ledger's history, oldest first."""
         await self._up()
-        if job_id is not None:
-            await self._find(job_id)
+        if job_id is not None and isinstance(await self._find_any(job_id), Counter):
+            return await asyncio.to_thread(self._ledger.events, None, after, limit, array_id=job_id)
         return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
 
     async def nodes(self) -> list[NodeView]:
@@ -307,7 +364,7 @@ class Allocator:
             raise LeaseLost(f"lease {job_id} has lost its placement group", job=job_id)
         return {
             "group_id": group_id,
-            "bundles": [bundle_resources(job.gang.bundle)] * job.gang.count,
+            "bundles": [bundle_resources(job.gang.bundle)] * len(job.attempt.placed),
             "nodes": [each.node_id for each in job.attempt.placed],
         }
 
@@ -328,16 +385,68 @@ class Allocator:
             await asyncio.sleep(0.05)
         self._writer.stop()
 
+    # --- asked by administrators ---------------------------------------------------------------------------
+
+    async def apply(self, text: str, by: str, *, dry_run: bool = False) -> dict[str, Any]:
+        """Put the rules of an rm.yaml in force. Returns `applied`, `warnings`, `consequences`. Raises InvalidSpec."""
+        await self._up()
+        settings = Settings.parse(text)
+        policy, state = settings.policy(), self._writer.state
+        effects = consequences(
+            state.jobs.values(), state.nodes.values(), state.policy, policy, state.launchable
+        )
+        if not dry_run:
+            await self.apply_policy(policy, text, by)
+        return {
+            "applied": not dry_run,
+            "warnings": [str(each) for each in settings.warnings()],
+            "consequences": [str(each) for each in effects],
+        }
+
+    async def queues(self) -> list[QueueView]:
+        """The tree of queues with what each owns, uses and borrows."""
+        await self._up()
+        state = self._writer.state
+        return queue_views(state.policy, state.books.quota, state.jobs.values(), state.capacity.by_type())
+
+    async def forecast(self, job_id: str) -> dict[str, Any]:
+        """When a queued job will start: `p50_s`, `p90_s` from now (None without a basis), and `basis`."""
+        await self._up()
+        job = await self._find(job_id)
+        if job.status is not Status.QUEUED:
+            return {"p50_s": None, "p90_s": None, "basis": f"it does not wait: it is {job.status}"}
+        twin = Twin(self._writer.state, time.time())
+        return asdict(await asyncio.to_thread(twin.forecast, job_id))
+
+    async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
+        """Put these rules in force. Durable when this returns; what runs goes on unless the rules reclaim it."""
+        await self._up()
+        await self._writer.apply_policy(policy, text, by)
+
+    async def policy(self) -> dict[str, Any]:
+        """The rules in force: `policy`, the `text` that they came from, `by` whom and `at` what time."""
+        await self._up()
+        applied = self._writer.policy
+        return {"policy": applied.policy, "text": applied.text, "by": applied.by, "at": applied.at}
+
     # --- told by runners -----------------------------------------------------------------------------------
 
     async def progress(self, job_id: str, attempt: int, report: dict[str, Any]) -> None:
-        """What rank 0 last reported. Kept in memory: it is a courtesy to people, not a fact to decide on."""
+        """What rank 0 last reported: metrics, for people, and when it last saved its work, to decide on."""
         await self._up()
-        job = self._writer.view().jobs.get(job_id)
-        if job is not None and job.attempt is not None and job.attempt.number == attempt:
-            self._keep_progress(job_id, report)
+        self._keep_progress(job_id, attempt, report)
 
-    def _keep_progress(self, job_id: str, report: dict[str, Any]) -> None:
+    def _keep_progress(self, job_id: str, attempt: int, report: dict[str, Any]) -> None:
+        job = self._writer.view().jobs.get(job_id)
+        if job is None or job.attempt is None or job.attempt.number != attempt:
+            return
+        report = dict(report)
+        age_s = report.pop("checkpoint_age_s", None)
+        if age_s is not None:
+            # Its age, not its time: the clocks of nodes differ. The same one may be reported again.
+            at = time.time() - age_s
+            if at > (job.attempt.checkpoint_at or 0.0) + SAME_CHECKPOINT_S:
+                self._writer.post(CheckpointReported(at, job_id, attempt))
         self._last_progress[job_id] = report
         self._last_progress.move_to_end(job_id)
         while len(self._last_progress) > SPECS_KEPT:
@@ -352,6 +461,45 @@ class Allocator:
                 raise self._broken
             raise AllocatorUnavailable(f"the allocator could not start: {self._broken!r}")
 
+    async def _look(self, job_id: str) -> JobView:
+        found = await self._find_any(job_id)
+        if isinstance(found, Counter):
+            return await self._array_view(job_id, found)
+        return await self._view(found)
+
+    async def _live(self, job_id: str) -> list[Job]:
+        """The job, or the jobs of the array, that have not ended. Raises UnknownJob."""
+        found = await self._find_any(job_id)
+        if isinstance(found, Counter):
+            live = self._writer.view().jobs
+            jobs = [live[each] for each in self._live_members(job_id)]
+        else:
+            jobs = [found]
+        return [job for job in jobs if not job.status.terminal]
+
+    def _live_members(self, array_id: str) -> list[str]:
+        return [job.id for job in self._writer.view().jobs.values() if job.array == array_id]
+
+    async def _find_any(self, job_id: str) -> Job | Counter[Status]:
+        """A job, or how many jobs of an array have which status. Raises UnknownJob."""
+        try:
+            return await self._find(job_id)
+        except UnknownJob:
+            tally = await self._tally(job_id)
+            if not tally:
+                raise
+            return tally
+
+    async def _tally(self, array_id: str) -> Counter[Status]:
+        return Counter(await asyncio.to_thread(self._ledger.tally, array_id))
+
+    async def _array_view(self, array_id: str, tally: Counter[Status]) -> JobView:
+        first = await self._view(await self._find(f"{array_id}_0"))
+        ended_at = None
+        if all(status in TERMINAL for status in tally):
+            ended_at = await asyncio.to_thread(self._ledger.last_end, array_id)
+        return array_view(array_id, first, tally, ended_at)
+
     async def _find(self, job_id: str) -> Job:
         view = self._writer.view()
         job = view.jobs.get(job_id) or view.ended.get(job_id)
@@ -362,22 +510,34 @@ class Allocator:
             job = row.job
         return job
 
-    async def _view(self, job: Job, spec: JobSpec | None = None) -> JobView:
-        spec = spec or await self._spec(job.id)
-        names = {node.id: node.name for node in self._writer.view().nodes.values()}
-        return job_view(
-            job,
-            command=_command_line(spec),
-            progress=self._last_progress.get(job.id),
-            node_names=names,
-            ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units) * job.gang.count,
-            reason=self._reason(job),
-        )
+    async def _view(self, job: Job) -> JobView:
+        return (await self._views([job]))[0]
 
-    def _reason(self, job: Job) -> Reason | None:
-        if job.status is not Status.QUEUED or job.id not in self._writer.state.jobs:
-            return None
-        return why(self._writer.state, job, time.time())
+    async def _views(self, jobs: Sequence[Job], specs: Sequence[JobSpec] | None = None) -> list[JobView]:
+        """What readers get. The reasons of all come from one walk over the queue."""
+        if specs is None:
+            specs = [await self._spec(job.id) for job in jobs]
+        names = {node.id: node.name for node in self._writer.view().nodes.values()}
+        reasons = self._reasons(jobs)
+        return [
+            job_view(
+                job,
+                command=_command_line(spec),
+                progress=self._last_progress.get(job.id),
+                node_names=names,
+                ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units)
+                * (len(job.attempt.placed) if job.attempt else job.gang.count),
+                reason=reasons.get(job.id),
+            )
+            for job, spec in zip(jobs, specs, strict=True)
+        ]
+
+    def _reasons(self, jobs: Iterable[Job]) -> dict[str, Reason]:
+        """Why those of the jobs wait that do: by id."""
+        live = self._writer.state.jobs
+        known = [live[job.id] for job in jobs if job.status is Status.QUEUED and job.id in live]
+        queued = [job for job in known if job.status is Status.QUEUED]
+        return why_each(self._writer.state, queued, time.time()) if queued else {}
 
     async def _spec(self, job_id: str) -> JobSpec:
         if job_id not in self._specs:
@@ -390,8 +550,9 @@ class Allocator:
             self._specs.popitem(last=False)
 
 
-def _maker(spec: JobSpec, gang: Any) -> Callable[[str, int], Job]:
-    return lambda job_id, seq: spec.job(job_id, seq, gang, time.time())
+def _submission_id(spec: JobSpec, first_job: str) -> str:
+    """What `submit` returns for a request whose first job has this id."""
+    return first_job if spec.array is None else first_job.removesuffix("_0")
 
 
 def _command_line(spec: JobSpec) -> str:

@@ -62,7 +62,7 @@ class Gangs:
         watch: NodeWatch,
         post: Callable[[Event], None],
         clock: Callable[[], float],
-        progress: Callable[[str, dict[str, Any]], None],
+        progress: Callable[[str, int, dict[str, Any]], None],
     ) -> None:
         self._progress = progress
         self._ledger = ledger
@@ -259,7 +259,10 @@ class _GangRun:
     async def to_the_end(self) -> RunExited | RunLost:
         gangs, effect = self._gangs, self._effect
         clock = gangs._clock
-        spec = await asyncio.to_thread(gangs._ledger.spec, effect.job_id)
+        row = await asyncio.to_thread(gangs._ledger.job, effect.job_id)
+        if row is None:
+            return RunLost(clock(), effect.job_id, effect.attempt, "the ledger has lost the job")
+        spec = row.spec
         group = gangs._placements.handle(self._attempt)
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
@@ -271,10 +274,10 @@ class _GangRun:
         if problem := _python_problem(spec, seats):
             failure = Outcome(Status.FAILED, problem)
             return RunExited(clock(), effect.job_id, effect.attempt, failure)
-        orders = self._orders(spec, seats)
+        orders = self._orders(spec, seats, row.job.array_index)
         results = await self._follow(orders, seats)
         if results[0].progress:
-            gangs._progress(effect.job_id, results[0].progress)
+            gangs._progress(effect.job_id, effect.attempt, results[0].progress)
         outcome = _outcome(results, seats, orders)
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
@@ -341,7 +344,7 @@ class _GangRun:
             log.warning("%s does not stop; its runners are killed", self._attempt)
             await self._gangs._runners.kill(self._attempt, self._effect.gang.count)
 
-    def _orders(self, spec: JobSpec, seats: list[Seat]) -> list[RunOrder]:
+    def _orders(self, spec: JobSpec, seats: list[Seat], array_index: int | None) -> list[RunOrder]:
         effect, gangs = self._effect, self._gangs
         local = spec.processes_per_bundle(effect.gang.bundle.gpu_units)
         alone = len(seats) == 1
@@ -368,6 +371,8 @@ class _GangRun:
                 cpus=effect.gang.bundle.cpu_milli / 1000,
                 checkpoint_dir=f"{gangs._config.checkpoint_root}/{gangs._ledger.key}/{effect.job_id}",
                 grace_s=effect.grace_s,
+                array_index=array_index,
+                array_size=spec.array,
             )
             for bundle in range(len(seats))
         ]
@@ -389,6 +394,9 @@ def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]
     """The gang's end: success, or the rank that failed first."""
     failed = [(each, seat) for each, seat in zip(results, seats, strict=True) if not each.ok]
     if not failed:
+        # Told to stop, a program may well save its work and exit with 0: that is not the end of its work.
+        if any(each.stopped for each in results):
+            return Outcome(Status.CANCELLED, "ended when it was told to stop", exit_code=0)
         return Outcome(Status.SUCCEEDED)
     # A rank that was told to stop is a consequence; the cause is the earliest that was not.
     first, seat = min(failed, key=lambda each: (each[0].stopped and each[0].failed_at > 0, each[0].failed_at))

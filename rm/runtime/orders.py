@@ -49,6 +49,8 @@ class RunOrder:
     cpus: float
     checkpoint_dir: str
     grace_s: float
+    array_index: int | None = None
+    array_size: int | None = None
 
     @property
     def archive_id(self) -> str:

@@ -117,13 +117,15 @@ class Runner:
         background = [asyncio.create_task(shipper.run()), asyncio.create_task(self._pass_on_reports(order))]
         try:
             outcome = await self._launched.wait()
+            # A stop that comes from now on finds nobody: they ended by themselves.
+            stopped = self._stop_asked
         finally:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         self._read_reports(order)
         await shipper.finish()
-        result = self._result(workspace, order, outcome)
+        result = self._result(workspace, order, outcome, stopped)
         if order.kind is Kind.FUNCTION:
             try:
                 await self._keep_result(store, workspace, order, result)
@@ -142,13 +144,15 @@ class Runner:
         data = await asyncio.to_thread(path.read_bytes)
         await store.call("put_result", order.archive_id, order.attempt, data)
 
-    def _result(self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome) -> RunResult:
-        progress = self._progress.get(order.first_rank) if order.first_rank == 0 else None
+    def _result(
+        self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome, stopped: bool
+    ) -> RunResult:
+        progress = _aged(self._progress[0]) if 0 in self._progress else None
         failed = next((each for each in outcome.exits if each.rank == outcome.first_failed), None)
         if failed is None:
             failed = next((each for each in outcome.exits if each.failed), None)
         if failed is None:
-            return RunResult(ok=True, progress=progress, stopped=self._stop_asked)
+            return RunResult(ok=True, progress=progress, stopped=stopped)
         return RunResult(
             ok=False,
             rank=failed.rank,
@@ -157,7 +161,7 @@ class Runner:
             message=_raised(workspace, order, failed) or _describe(failed, order.node_name),
             tail=tuple(_tail(workspace, failed.rank)),
             lost=failed.error_kind in _NODE_FAILED,
-            stopped=self._stop_asked and outcome.first_failed is None,
+            stopped=stopped and outcome.first_failed is None,
             progress=progress,
             failed_at=failed.at,
         )
@@ -169,9 +173,8 @@ class Runner:
             if self._read_reports(order) and order.first_rank == 0:
                 # Progress is a courtesy: what can't be passed on now is passed on with the next.
                 with contextlib.suppress(RayError, ValueError):
-                    await allocator.call(
-                        "progress", order.job_id, order.attempt, self._progress[0], give_up_s=5
-                    )
+                    report = _aged(self._progress[0])
+                    await allocator.call("progress", order.job_id, order.attempt, report, give_up_s=5)
 
     def _read_reports(self, order: RunOrder) -> bool:
         """Take in what ranks reported. True where rank 0 said something new."""
@@ -185,6 +188,14 @@ class Runner:
             news |= rank == 0 and report != self._progress.get(rank)
             self._progress[rank] = report
         return news
+
+
+def _aged(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as it leaves the node: with the age of its checkpoint, because the clocks of nodes differ."""
+    at = report.get("checkpoint_at")
+    if not isinstance(at, int | float):
+        return report
+    return {**report, "checkpoint_age_s": max(0.0, time.time() - at)}
 
 
 def _describe(exit_: RankExit, node_name: str) -> str:

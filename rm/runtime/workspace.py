@@ -131,6 +131,8 @@ class Workspace:
             "RM_STOP_FILE": str(self.stop_file),
             "RM_REPORT_FILE": str(self.report_path(rank)),
         }
+        if order.array_index is not None:
+            env |= {"RM_ARRAY_INDEX": str(order.array_index), "RM_ARRAY_SIZE": str(order.array_size)}
         if not env["PYTHONPATH"]:
             del env["PYTHONPATH"]
         return env

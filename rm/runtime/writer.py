@@ -19,7 +19,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
@@ -31,11 +31,13 @@ from rm.core.events import (
     JobSubmitted,
     NodeJoined,
     NodeTypesObserved,
+    PolicyChanged,
 )
 from rm.core.model import Job, Node
+from rm.core.policy import Policy
 from rm.core.state import ClusterState
-from rm.errors import Busy, InternalError, LedgerUnavailable
-from rm.ledger import Accepted, Batch, EventRow, Ledger, Loaded
+from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
+from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
 from rm.spec import JobSpec
 
 log = logging.getLogger("rm.writer")
@@ -53,6 +55,7 @@ class _Request:
     event: Event
     answer: asyncio.Future[None]
     accepted: Accepted | None = None
+    policy: AppliedPolicy | None = None
 
 
 @dataclass(slots=True)
@@ -91,7 +94,9 @@ class Writer:
         self._scheduling = False
         self.broken: str | None = None
         """Why the ledger can't be written at present, or None."""
-        self.state = ClusterState()
+        self.policy = AppliedPolicy(Policy())
+        """The rules in force, as committed."""
+        self.state = ClusterState(self.policy.policy)
         self._next_seq = 1
 
     # --- life --------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ class Writer:
         """Load the ledger and resume what was under way. Called once, before `run`; raises LedgerUnavailable."""
         loaded = self._ledger.load()
         self._next_seq = loaded.next_seq
-        effects = self.state.restore(loaded.jobs)
+        effects = self._restore(loaded)
         self._committed = {job.id: job for job in loaded.jobs}
         self._execute(effects)
 
@@ -136,33 +141,47 @@ class Writer:
 
     async def request(self, event: Event) -> None:
         """An event whose sender waits until it is durable. Raises LedgerUnavailable if it could not be."""
-        await self._ask(_Request(event, asyncio.get_running_loop().create_future()))
+        await self.request_all([event])
+
+    async def request_all(self, events: Iterable[Event]) -> None:
+        """Events whose sender waits until they are durable, all in one step."""
+        loop = asyncio.get_running_loop()
+        await self._ask([_Request(event, loop.create_future()) for event in events])
+
+    async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
+        """Put other rules in force. Durable, and followed by a cycle under them, when this returns."""
+        now = self._clock()
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        event = PolicyChanged(now, policy, by)
+        await self._ask([_Request(event, answer, policy=AppliedPolicy(policy, text, by, now))])
 
     async def submit(self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]]) -> list[str]:
         """Accept jobs, all or none; returns their ids once they are durable.
 
-        A draft is the spec, its idempotency key, and what makes the core's record from an id and its number.
+        A draft is the spec, its idempotency key, and what makes the core's record from an id and its number. For an
+        array that makes many records, and the id is that of the array. Appends to the inbox before it first waits:
+        what the caller has just seen in the state still holds then.
         """
-        if len(self.state.pending) + len(drafts) > self._max_pending:
+        if len(self.state.pending) + sum(spec.array or 1 for spec, _, _ in drafts) > self._max_pending:
             raise Busy(
                 f"{len(self.state.pending)} jobs are waiting and at most {self._max_pending} may "
                 "(RM_MAX_PENDING); submit again when some have started"
             )
         loop = asyncio.get_running_loop()
-        requests = []
+        now = self._clock()
+        requests, ids = [], []
         for spec, key, make in drafts:
-            seq, self._next_seq = self._next_seq, self._next_seq + 1
-            job = make(f"j{seq}", seq)
-            requests.append(
-                _Request(JobSubmitted(self._clock(), job), loop.create_future(), Accepted(job, spec, key))
-            )
-        self._inbox.extend(requests)
-        self._wake.set()
-        await asyncio.gather(*(each.answer for each in requests))
-        return [each.accepted.job.id for each in requests if each.accepted]
+            first = self._next_seq
+            self._next_seq += spec.array or 1
+            ids.append(f"j{first}")
+            for job, own_key in _records(make, first, spec.array, key):
+                accepted = Accepted(job, spec, own_key)
+                requests.append(_Request(JobSubmitted(now, job), loop.create_future(), accepted))
+        await self._ask(requests)
+        return ids
 
     async def changed(self, job_id: str, timeout_s: float) -> None:
-        """Return when a commit has changed the job, or after `timeout_s`."""
+        """Return when a commit has changed the job, or a job of the array, or after `timeout_s`."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watchers.setdefault(job_id, set()).add(future)
         try:
@@ -197,15 +216,22 @@ class Writer:
     async def _turn(self, inbox: list[Event | _Request]) -> bool:
         """Apply, schedule, commit, act. True where the commit failed."""
         rows, effects, refused = self._decide(inbox)
-        changed = self.state.take_changes()
+        changed, usage = self.state.take_changes(), self.state.take_usage()
+        policies = [
+            each.policy
+            for each in inbox
+            if isinstance(each, _Request) and each.policy and each not in refused
+        ]
+        policy = policies[-1] if policies else None
         accepted = [
             each.accepted
             for each in inbox
             if isinstance(each, _Request) and each.accepted and each not in refused
         ]
-        if rows or changed:
+        if rows or changed or usage or policy:
+            batch = Batch(accepted, rows, changed, usage, policy)
             try:
-                await asyncio.to_thread(self._ledger.commit, Batch(accepted, rows, changed))
+                await asyncio.to_thread(self._ledger.commit, batch)
             except LedgerUnavailable as error:
                 self.broken = str(error)
                 log.error("commit failed, %d events wait: %s", len(inbox), error)  # noqa: TRY400
@@ -213,6 +239,7 @@ class Writer:
                 self._inbox[:0] = [each for each in inbox if not isinstance(each, _Request)]
                 return True
         self.broken = None
+        self.policy = policy or self.policy
         self._publish(changed)
         for each in inbox:
             if isinstance(each, _Request) and each not in refused and not each.answer.done():
@@ -227,11 +254,15 @@ class Writer:
         refused: list[_Request] = []
         now = self._clock()
         before = self.state.totals()
-        for each in [*inbox, *self.state.due(now)]:
+        # Submissions first: what they wait for is still as it was when they were checked.
+        new = [each for each in inbox if isinstance(each, _Request) and each.accepted]
+        told = [each for each in inbox if not (isinstance(each, _Request) and each.accepted)]
+        for each in [*new, *told, *self.state.due(now)]:
             event = each.event if isinstance(each, _Request) else each
             try:
+                self._require_known(event)
                 before = self._apply(event, before, rows, effects)
-            except InternalError as error:
+            except RmError as error:
                 log.exception("an event was refused: %s", event)
                 if isinstance(each, _Request):
                     each.answer.set_exception(error)
@@ -242,6 +273,11 @@ class Writer:
         if self._check:
             self.state.check()
         return rows, effects, refused
+
+    def _require_known(self, event: Event) -> None:
+        """A job must not wait for one that nobody will ever report: the state may have been read anew meanwhile."""
+        if isinstance(event, JobSubmitted) and any(each not in self.state.jobs for each in event.job.after):
+            raise Busy("the ledger was just read again, and jobs named in `after` have ended; submit again")
 
     def _apply(self, event: Event, before: Totals, rows: list[EventRow], effects: list[Effect]) -> Totals:
         version = self.state.version
@@ -263,9 +299,10 @@ class Writer:
                     self._ended.popitem(last=False)
             else:
                 self._committed[job.id] = job
-            for future in self._watchers.pop(job.id, set()):
-                if not future.done():
-                    future.set_result(None)
+            for name in filter(None, (job.id, job.array)):
+                for future in self._watchers.pop(name, set()):
+                    if not future.done():
+                        future.set_result(None)
 
     async def _start_over(self) -> None:
         """Forget what was not committed: read the ledger again, as often as it takes, and go on from there.
@@ -284,13 +321,19 @@ class Writer:
                 self._inbox = [each for each in self._inbox if not isinstance(each, _Request)]
                 continue
             break
-        old, self.state = self.state, ClusterState()
-        effects = self.state.restore(loaded.jobs)
+        old = self.state
+        effects = self._restore(loaded)
         for event in _observations(old):
             self.state.apply(event)
         self._publish([*loaded.jobs, *ended])
         self._execute(effects)
         self._wake.set()
+
+    def _restore(self, loaded: Loaded) -> list[Effect]:
+        """A new state from the ledger; returns the effects that were under way."""
+        self.policy = loaded.policy or AppliedPolicy(Policy())
+        self.state = ClusterState(self.policy.policy)
+        return self.state.restore(loaded.jobs, loaded.usage, loaded.ended)
 
     def _read_again(self) -> tuple[Loaded, list[Job]]:
         """What lives by the ledger, and what has ended there without our having been told that it was committed."""
@@ -299,16 +342,29 @@ class Writer:
         rows = [self._ledger.job(job_id) for job_id in self._committed.keys() - live]
         return loaded, [row.job for row in rows if row is not None]
 
-    async def _ask(self, request: _Request) -> None:
-        self._inbox.append(request)
+    async def _ask(self, requests: list[_Request]) -> None:
+        self._inbox.extend(requests)
         self._wake.set()
-        await request.answer
+        await asyncio.gather(*(each.answer for each in requests))
 
     @staticmethod
     def _answer_all(inbox: Iterable[Event | _Request], error: Exception) -> None:
         for each in inbox:
             if isinstance(each, _Request) and not each.answer.done():
                 each.answer.set_exception(error)
+
+
+def _records(
+    make: Callable[[str, int], Job], first: int, array: int | None, key: str
+) -> Iterable[tuple[Job, str]]:
+    """The records of one draft, each with its key: one, or those of an array."""
+    if array is None:
+        yield make(f"j{first}", first), key
+        return
+    for index in range(array):
+        job = make(f"j{first}_{index}", first + index)
+        own_key = f"{key}/{index}" if index else key
+        yield replace(job, array=f"j{first}", array_index=index), own_key
 
 
 def _observations(state: ClusterState) -> list[Event]:

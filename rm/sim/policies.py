@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rm.errors import InvalidSpec
-from rm.sim import published, published_preemptive
+from rm.sim import published, published_preemptive, rules
+from rm.sim.live import LivePolicy
 from rm.sim.policy import Policy
 
 _REGISTERED: tuple[Policy, ...] = (
@@ -13,6 +14,19 @@ _REGISTERED: tuple[Policy, ...] = (
     published_preemptive.TIRESIAS,
     published.FIFO_SKIP,
     published.SJF_SKIP,
+    LivePolicy(
+        "rm-default", "our scheduler: fair share between queues and owners, EASY backfill", rules.DEFAULT
+    ),
+    LivePolicy("rm-fifo", "our scheduler: by submission, nothing passes a blocked job", rules.STRICT_FIFO),
+    LivePolicy(
+        "kueue", "our scheduler as Kueue's best effort: by submission, past what doesn't fit", rules.KUEUE
+    ),
+    LivePolicy(
+        "slurm",
+        "our scheduler as Slurm: priority, submission, EASY backfill; limits are predicted",
+        rules.SLURM,
+    ),
+    LivePolicy("rm-shortest", "our scheduler: what is predicted to end soonest first", rules.SHORTEST),
 )
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in _REGISTERED}
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import inf
 
-from rm.sim.outcomes import Replay, Sample
+from rm.sim.outcomes import JobOutcome, Replay, Sample
 
 
 def timeline_of(replay: Replay) -> Sequence[Sample]:
     """The replay's own samples, or those that follow from its runs: one for every moment of change, in order."""
     if replay.timeline is not None:
         return replay.timeline
+    return samples_of(replay.outcomes, [(-inf, float(replay.cluster.gpus))])
+
+
+def samples_of(outcomes: Iterable[JobOutcome], sizes: Sequence[tuple[float, float]]) -> list[Sample]:
+    """`sizes`: (moment, GPUs that are there from then on), in order. A sample for every moment of change."""
+    outcomes = list(outcomes)
     changes: list[tuple[float, int, float, str]] = []
-    for each in replay.outcomes:
+    for each in outcomes:
         queue, waits_since = each.job.queue, each.job.submit_s
         for run in each.runs:
             changes += (
@@ -21,14 +28,19 @@ def timeline_of(replay: Replay) -> Sequence[Sample]:
                 (run.end_s, 0, -run.gpus, queue),
             )
             waits_since = run.end_s
+    changes += ((at_s, 0, 0.0, "") for at_s, _ in sizes if at_s > -inf)
     changes.sort(key=lambda change: change[0])
     samples: list[Sample] = []
-    by_queue = dict.fromkeys(sorted({each.job.queue for each in replay.outcomes}), 0.0)
-    waiting, total = 0, float(replay.cluster.gpus)
+    by_queue = dict.fromkeys(sorted({each.job.queue for each in outcomes}), 0.0)
+    waiting, total, resized = 0, 0.0, 0
     for place, (at_s, waits, gpus, queue) in enumerate(changes):
         waiting += waits
-        by_queue[queue] += gpus
+        if gpus:
+            by_queue[queue] += gpus
         if place + 1 == len(changes) or changes[place + 1][0] > at_s:
+            while resized < len(sizes) and sizes[resized][0] <= at_s:
+                total = sizes[resized][1]
+                resized += 1
             samples.append(Sample(at_s, sum(by_queue.values()), total, waiting, dict(by_queue)))
     return samples
 

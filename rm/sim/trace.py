@@ -38,7 +38,9 @@ class TraceJob:
     """One submission.
 
     `num_gpus`: whole devices, or a share of one below 1. `num_nodes_hint`: nodes that it had in the source
-    cluster. `user`, `queue`, `gpu_type`, `final_state`: "" where the trace doesn't say.
+    cluster. `user`, `queue`, `gpu_type`, `final_state`: "" where the trace doesn't say; several acceptable GPU
+    types stand in order, with "|" between them. The rest is known of jobs from a ledger and not in the CSV:
+    `bundles` is the number of equal parts that were asked for, None where the scheduler may choose.
     """
 
     job_id: str
@@ -50,6 +52,10 @@ class TraceJob:
     queue: str = ""
     gpu_type: str = ""
     final_state: str = ""
+    name: str = ""
+    priority: int = 0
+    time_limit_s: float | None = None
+    bundles: int | None = None
 
     @property
     def gpu_seconds(self) -> float:

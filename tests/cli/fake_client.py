@@ -9,7 +9,7 @@ from typing import Any
 from rm.client import Client
 from rm.errors import UnknownJob
 from rm.spec import JobSpec
-from rm.views import EventView, JobView, NodeView
+from rm.views import EventView, JobView, NodeView, QueueView
 
 HOSTILE = "[red]x[/red] \x1b[2J\x1b]0;gotcha\x07 [/] \u202egnp.exe \x9b31m"
 """Rich markup, escape sequences, a broken closing tag, a right-to-left override and a C1 control."""
@@ -35,6 +35,14 @@ def node(name: str, gpus: int, charged: float = 0, foreign: float = 0, **fields:
     return NodeView(**{**values, **fields})
 
 
+def queue(name: str, parent: str | None = None, **fields: Any) -> QueueView:
+    values: dict[str, Any] = {
+        "nominal": {}, "used": {}, "borrowed": {}, "lent": {}, "share": 0.0, "weight": 1.0, "running": 0,
+        "pending": 0, "stopped": False, "preempt": "never", "reclaim": "any",
+    }  # fmt: skip
+    return QueueView(name=name, parent=parent, **{**values, **fields})
+
+
 def event(seq: int, kind: str, job_id: str | None = "j1", at: float = 0.0, **fields: Any) -> EventView:
     values: dict[str, Any] = {
         "attempt": None, "body": {}, "free_before": 2, "free_after": 2, "charged_before": 0, "charged_after": 0,
@@ -57,6 +65,11 @@ class FakeClient(Client):
         self.views: dict[str, JobView] = {}
         self.node_views: list[NodeView] = []
         self.event_views: list[EventView] = []
+        self.queue_views: list[QueueView] = []
+        self.applied: list[tuple[str, bool]] = []
+        """Text and `dry_run` of each rm.yaml that was to be applied."""
+        self.warnings: list[str] = []
+        self.consequences: list[str] = []
         self.reasons: dict[str, dict[str, Any]] = {}
         self.output: dict[tuple[int, str], bytes] = {}
         self.submitted: list[JobSpec] = []
@@ -76,6 +89,13 @@ class FakeClient(Client):
 
     def stop_allocator(self, *, cancel_jobs: bool = False, keep_jobs: bool = False) -> None:
         self.stopped.append((cancel_jobs, keep_jobs))
+
+    def apply(self, text: str, *, dry_run: bool = False) -> dict[str, Any]:
+        self.applied.append((text, dry_run))
+        return {"applied": not dry_run, "warnings": self.warnings, "consequences": self.consequences}
+
+    def queues(self) -> list[QueueView]:
+        return self.queue_views
 
     # --- the allocator's answers ---------------------------------------------------------------------------
 
@@ -98,6 +118,13 @@ class FakeClient(Client):
     def on_cancel(self, job_id: str, _by: str, *, released: bool = False) -> JobView:
         self.views[job_id] = replace(self.on_job(job_id), status="CANCELLED", ended_at=1_700_000_200.0)
         return self.views[job_id]
+
+    def on_hold(self, job_id: str, by: str, *, held: bool) -> JobView:
+        self.views[job_id] = replace(self.on_job(job_id), held=held, held_by=by if held else "")
+        return self.views[job_id]
+
+    def on_array(self, array_id: str) -> list[JobView]:
+        return [each for each in self.views.values() if each.array == array_id and each.array_counts is None]
 
     def on_why(self, job_id: str) -> dict[str, Any]:
         return self.reasons[job_id]

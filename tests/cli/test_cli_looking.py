@@ -265,3 +265,62 @@ def test_wait_gives_up_in_time(rmctl: Any, fake: FakeClient) -> None:
     ran = rmctl("wait", "1", "--timeout", "0")
     assert ran.code == 2
     assert "still RUNNING" in ran.err
+
+
+# --- queues, arrays, holds -----------------------------------------------------------------------------------
+
+
+def test_hold_and_release(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", "QUEUED"), view("j2", "QUEUED"))
+    assert rmctl("hold", "1", "j2").code == 0
+    assert [each.held_by for each in fake.views.values()] == ["ada", "ada"]
+    assert rmctl("release", "j1", "j9").code == 2, "the wrong id is named and the others are done"
+    assert [each.held for each in fake.views.values()] == [False, True]
+
+
+def test_show_says_what_matters_for_the_order(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(
+        view(
+            "j5", "QUEUED", queue="lab/a", priority=100, attempts=2, evictions=1, held=True, held_by="eve",
+            after=("j1", "j2"), min_runtime_s=600.0, bundles=4, least_bundles=2, gpus=8,
+        ),
+        view("j6", preemptible=False, bundles=4, least_bundles=2, gpus=8, held_gpus=4, checkpoint_at=1_700_000_050.0),
+    )  # fmt: skip
+    waits = rmctl("show", "j5").out
+    for part in (
+        "lab/a, priority 100", "eve", "j1, j2", "8 (2 to 4 × 2)", "1 evicted for others", "in its first 10 min 00 s"
+    ):  # fmt: skip
+        assert part in waits, part
+    runs = rmctl("show", "j6").out
+    for part in ("4 GPUs", "it is never stopped for others", "checkpoint"):
+        assert part in runs, part
+    assert rmctl("show", "j5", "--json").json["evictions"] == 1
+
+
+def test_an_array_is_listed_by_its_id(rmctl: Any, fake: FakeClient) -> None:
+    counts = {"QUEUED": 1, "SUCCEEDED": 1}
+    fake.add(
+        view("j1_0", "SUCCEEDED", array="j1", array_index=0),
+        view("j1_1", "QUEUED", array="j1", array_index=1),
+        view("j2"),
+        view("j1", "QUEUED", array="j1", array_counts=counts),
+    )
+    assert [each["id"] for each in rmctl("ls", "j1", "--json").json] == ["j1_0", "j1_1"]
+    assert [each["id"] for each in rmctl("ls", "2", "--json").json] == ["j2"]
+    assert "2 jobs: 1 QUEUED, 1 SUCCEEDED" in rmctl("show", "1").out
+    assert "number 1 of j1" in rmctl("show", "1_1").out
+    ran = rmctl("logs", "j1")
+    assert ran.code == 2
+    assert "j1_0 to j1_1" in ran.err
+
+
+def test_events_of_holds_and_policies_are_sentences(rmctl: Any, fake: FakeClient) -> None:
+    fake.event_views = [
+        event(1, "HoldChanged", body={"held": True, "by": "eve"}),
+        event(2, "HoldChanged", body={"held": False, "by": ""}),
+        event(3, "PolicyChanged", None, body={"policy": {"queues": {"a": {}, "b": {}}}, "by": "root"}),
+        event(4, "StopRequested", body={"cause": "preempted", "by": "j7"}),
+    ]
+    out = rmctl("events").out
+    for part in ("held by eve", "released", "2 queues by root", "preempted by j7"):
+        assert part in out

@@ -21,7 +21,8 @@ def test_every_option_arrives_in_the_request(
         "--cpus-per-gpu", "2.5", "--memory-per-gpu", "16GiB", "--strategy", "spread", "--nproc-per-node", "gpu",
         "--time-limit", "90m", "--grace", "5s", "--priority", "high", "--queue", "default", "--max-retries", "2",
         "--max-infra-retries", "0", "--env", "A=1=2", "-e", "FROM_HERE", "--env", "EMPTY=", "--label", "zone=a",
-        "--pip", "numpy<3", "--working-dir", str(tmp_path), "--", "python", "a.py", "--lr", "0.1", "-g", "7",
+        "--pip", "numpy<3", "--working-dir", str(tmp_path), "--min-nodes", "1", "--after", "j7,8_1", "--array", "3",
+        "--hold", "--no-preempt", "--min-runtime", "10m", "--", "python", "a.py", "--lr", "0.1", "-g", "7",
     )  # fmt: skip
     assert (ran.code, ran.out) == (0, "j1\n")
     (spec,) = fake.submitted
@@ -36,6 +37,8 @@ def test_every_option_arrives_in_the_request(
     assert spec.env == {"A": "1=2", "FROM_HERE": "there", "EMPTY": ""}
     assert spec.runtime_env == {"pip": ["numpy<3"]}
     assert spec.working_dir_sha256
+    assert (needs.min_nodes, spec.after, spec.array, spec.hold) == (1, ("j7", "j8_1"), 3, True)
+    assert (spec.preemptible, spec.min_runtime_s) == (False, 600)
 
 
 def test_the_command_needs_no_dashes_and_keeps_its_own_options(rmctl: Any, fake: FakeClient) -> None:
@@ -83,6 +86,11 @@ def test_requirements_files_are_read_here(rmctl: Any, fake: FakeClient, tmp_path
         (("-g", "1", "--time-limit", "soon", "x"), "time_limit: must be a duration"),
         (("-g", "1", "--strategy", "TIGHT", "x"), "STRICT_PACK"),
         (("-g", "1", "--priority", "urgent", "x"), "low, normal, high"),
+        (("-g", "1", "--after", "yesterday", "x"), "after: must be job ids such as 'j17', not 'yesterday'"),
+        (("-g", "1", "--array", "0", "x"), "array: must be from 1 to 10000, not 0"),
+        (("-g", "1", "--min-nodes", "1", "x"), "min_nodes=1 needs a nodes="),
+        (("-g", "1", "--min-runtime", "a bit", "x"), "min_runtime: must be a duration"),
+        (("-g", "1", "--queue", "a b", "x"), "queue: must be a queue's name"),
         (("-g", "1", "--pip", "/no/such/requirements.txt", "x"), "can't be read"),
         (("-g", "1", "--working-dir", "/no/such", "x"), "does not exist"),
         (("-g", "1", "--name", "a\nb", "x"), "printable"),
@@ -103,3 +111,23 @@ def test_what_can_not_be_meant_is_one_line_and_code_2(
     assert said in first
     assert all(each.startswith("hint: ") for each in hints)
     assert not fake.submitted
+
+
+def test_what_is_not_said_is_left_to_the_queue(rmctl: Any, fake: FakeClient) -> None:
+    rmctl("submit", "-g", "1", "x")
+    (spec,) = fake.submitted
+    assert (spec.queue, spec.priority, spec.time_limit_s) == ("", None, None)
+    assert (spec.preemptible, spec.hold, spec.after, spec.array) == (True, False, (), None)
+
+
+def test_run_stays_with_one_job(rmctl: Any, fake: FakeClient) -> None:
+    ran = rmctl("run", "-g", "1", "--array", "2", "x")
+    assert (ran.code, fake.submitted) == (2, [])
+    assert "rmctl submit" in ran.err
+
+
+def test_after_takes_handles_and_ids(fake: FakeClient) -> None:
+    first = fake.submit("a", num_gpus=1)
+    fake.submit("b", num_gpus=1, after=[first, 7])
+    fake.submit("c", num_gpus=1, after=first)
+    assert [spec.after for spec in fake.submitted] == [(), ("j1", "j7"), ("j1",)]

@@ -25,6 +25,8 @@ OURS = (
     "RM_CHECKPOINT_DIR",
     "RM_STOP_FILE",
     "RM_REPORT_FILE",
+    "RM_ARRAY_INDEX",
+    "RM_ARRAY_SIZE",
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -85,11 +87,14 @@ class TestWhoAmI:
         assert context.job_id() is None
         assert context.attempt() == 1
         assert (context.rank(), context.local_rank(), context.world_size()) == (0, 0, 1)
+        assert (context.array_index(), context.array_size()) == (0, 1)
 
     def test_in_a_job_the_runner_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         given = {
             "RM_JOB_ID": "j17",
             "RM_ATTEMPT": "j17.12",
+            "RM_ARRAY_INDEX": "3",
+            "RM_ARRAY_SIZE": "9",
             "RANK": "5",
             "LOCAL_RANK": "1",
             "WORLD_SIZE": "8",
@@ -100,6 +105,7 @@ class TestWhoAmI:
         assert context.job_id() == "j17"
         assert context.attempt() == 12
         assert (context.rank(), context.local_rank(), context.world_size()) == (5, 1, 8)
+        assert (context.array_index(), context.array_size()) == (3, 9)
 
     @pytest.mark.parametrize("unexpected", ["", "j17", "j17.", "j17.x", "²"])
     def test_an_attempt_it_cant_read_counts_as_the_first(
@@ -230,6 +236,22 @@ class TestReport:
         time.sleep(1.5 * context.WRITE_INTERVAL_S)
         context.report(step=2)
         assert metrics_in(report_file) == {"step": 2, "loss": 0.5}
+
+    def test_a_checkpoint_is_told_at_once_and_remembered(self, report_file: Path) -> None:
+        context.report(step=1)
+        before = time.time()
+        context.checkpointed()
+        told = json.loads(report_file.read_text())
+        assert before <= told["checkpoint_at"] <= time.time()
+        assert told["metrics"] == {"step": 1}
+        time.sleep(1.5 * context.WRITE_INTERVAL_S)
+        context.report(step=2)
+        later = json.loads(report_file.read_text())
+        assert (later["checkpoint_at"], later["metrics"]) == (told["checkpoint_at"], {"step": 2})
+
+    def test_outside_a_job_a_checkpoint_is_nobodys_business(self, tmp_path: Path) -> None:
+        context.checkpointed()
+        assert list(tmp_path.iterdir()) == []
 
     def test_the_last_value_is_written_at_exit(self, report_file: Path, runs: Runs) -> None:
         ended = runs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -54,7 +55,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(inner[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*(values(each) for each in inner))
-    if origin is dict:
+    if origin in (dict, Mapping):
         return st.dictionaries(values(inner[0]), values(inner[1]), max_size=3)
     raise NotImplementedError(f"a field of type {kind}: teach this function about it")
 

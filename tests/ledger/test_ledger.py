@@ -264,7 +264,7 @@ def test_an_event_shows_the_gpus_before_and_after_it(ledger: Ledger) -> None:
     assert submitted.body["gang"]["bundle"]["gpu_units"] == 20_000
     assert submitted.body["name"] == "j1"
     assert (given_.job_id, given_.attempt, given_.at) == ("j1", 1, 2000.0)
-    assert given_.body == {"placed": [{"node_id": "node-1", "slots": [0, 1]}]}
+    assert given_.body == {"placed": [{"node_id": "node-1", "slots": [0, 1]}], "gpu_type": None}
     assert (given_.free_before, given_.free_after) == (8, 6)
     assert (given_.charged_before, given_.charged_after) == (0, 2)
 

@@ -22,8 +22,8 @@ REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 def upgrade():
     op.add_column("jobs", sa.Column("colour", sa.Text, nullable=False, server_default="grey"))
@@ -44,7 +44,7 @@ def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     def add(then: str) -> None:
         copy = tmp_path / f"migrations-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(schema.MIGRATIONS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "versions" / "r0002_colour.py").write_text(REVISION.format(then=then))
+        (copy / "versions" / "r0003_colour.py").write_text(REVISION.format(then=then))
         monkeypatch.setattr(schema, "MIGRATIONS", copy)
 
     return add
@@ -122,7 +122,11 @@ def test_an_upgrade_that_fails_changes_nothing(
 )
 def test_a_database_of_somebody_else_is_left_alone(opened: Open, url: str, theirs: list[str]) -> None:
     ledger = opened(url)
-    run(ledger, *(f"DROP TABLE {name}" for name in ("meta", "alembic_version", "jobs", "events")), *theirs)
+    run(
+        ledger,
+        *(f"DROP TABLE {name}" for name in ("meta", "alembic_version", "jobs", "events", "usage")),
+        *theirs,
+    )
     with ledger._database.reading() as connection:
         before = inspect(connection).get_table_names()
     with pytest.raises(LedgerUnavailable, match="is no ledger of ray-rm"):

@@ -11,6 +11,7 @@ import pytest
 
 from rm.core.effects import Effect, Release, Reserve, Run
 from rm.core.events import (
+    HoldChanged,
     NodeJoined,
     PlacementReady,
     PlacementReleased,
@@ -19,6 +20,7 @@ from rm.core.events import (
     StopRequested,
 )
 from rm.core.model import Gang, Kind, Outcome, Status, StopCause
+from rm.core.policy import Policy, QueuePolicy
 from rm.core.resources import GPU_UNIT, Bundle
 from rm.errors import Busy, LedgerUnavailable
 from rm.ledger import Batch, Ledger
@@ -54,6 +56,7 @@ class World:
     def __init__(self) -> None:
         self.writer: Writer | None = None
         self.hold_runs = False
+        self.fate = Status.SUCCEEDED
         self.asked: list[tuple[str, str, int]] = []
 
     def execute(self, effects: Iterable[Effect]) -> None:
@@ -69,13 +72,13 @@ class World:
         elif isinstance(effect, Run):
             self.writer.post(RunStarted(1, *key))
             if not self.hold_runs:
-                self.writer.post(RunExited(2, *key, Outcome(Status.SUCCEEDED)))
+                self.writer.post(RunExited(2, *key, Outcome(self.fate)))
         elif isinstance(effect, Release):
             self.writer.post(PlacementReleased(3, *key))
 
 
-def draft(key: str, gpus: int = 1) -> tuple[JobSpec, str, Any]:
-    spec = build_spec(kind=Kind.COMMAND, command=("true",), num_gpus=gpus, owner="a")
+def draft(key: str, gpus: int = 1, **fields: Any) -> tuple[JobSpec, str, Any]:
+    spec = build_spec(kind=Kind.COMMAND, command=("true",), num_gpus=gpus, owner="a", **fields)
     gang = Gang(Bundle(gpus * GPU_UNIT))
     return spec, key, lambda job_id, seq: spec.job(job_id, seq, gang, 0.0)
 
@@ -225,5 +228,95 @@ def test_watchers_are_told_of_commits(tmp_path: Path) -> None:
         writer.post(RunExited(6, job, 1, Outcome(Status.FAILED, "stopped", signal=15)))
         await until(lambda: job in writer.view().ended)
         assert writer.view().ended[job].status is Status.CANCELLED
+
+    with_writer(tmp_path, body)
+
+
+LAB = Policy({"lab": QueuePolicy("lab", nominal={"*": 2 * GPU_UNIT})}, default_queue="lab")
+
+
+def test_the_rules_in_force_and_the_usage_survive_a_restart(tmp_path: Path) -> None:
+    async def first(writer: Writer, world: World, ledger: Flaky) -> None:
+        await writer.apply_policy(LAB, "queues: …", "root")
+        assert writer.policy.text == "queues: …"
+        (job,) = await writer.submit([draft("a", queue="lab")])
+        await until(lambda: job in writer.view().ended)
+        writer.state.books.usage["lab", "a"].average = 7.5  # the clock of these tests stands still
+        (job,) = await writer.submit([draft("b", queue="lab")])
+        await until(lambda: job in writer.view().ended)
+
+    async def second(writer: Writer, world: World, ledger: Flaky) -> None:
+        assert writer.state.policy == writer.policy.policy == LAB
+        assert writer.policy.by == "root"
+        assert writer.state.books.usage["lab", "a"].average == 7.5
+
+    with_writer(tmp_path, first)
+    with_writer(tmp_path, second)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_policy_whose_commit_fails_is_in_force_only_if_it_was_made(tmp_path: Path, when: str) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        await writer.apply_policy(LAB, "first", "root")
+        ledger.fail = [when]
+        with pytest.raises(LedgerUnavailable):
+            await writer.apply_policy(Policy(), "second", "root")
+        (job,) = await writer.submit([draft("a", queue="lab")])  # answered once the state is read anew
+        expected = ("first", LAB) if when == "before" else ("second", Policy())
+        assert (writer.policy.text, writer.state.policy) == expected
+        assert ledger.policy() == writer.policy
+        writer.post(StopRequested(1, job, StopCause.CANCELLED))
+
+    with_writer(tmp_path, body)
+
+
+def test_durations_are_learnt_again_after_a_restart(tmp_path: Path) -> None:
+    async def first(writer: Writer, world: World, ledger: Flaky) -> None:
+        ids = await writer.submit([draft(f"k{i}", name="train") for i in range(6)])
+        await until(lambda: all(job in writer.view().ended for job in ids))
+
+    async def second(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        (job,) = await writer.submit([draft("k", name="train")])
+        prediction = writer.state.predictor.predict(writer.state.jobs[job])
+        assert prediction is not None
+        assert prediction.basis == "6 runs of a's train on as many GPUs"
+        await until(lambda: writer.view().jobs[job].status is Status.RUNNING)
+        writer.post(RunExited(6, job, 1, Outcome(Status.SUCCEEDED)))
+        await until(lambda: job in writer.view().ended)
+
+    with_writer(tmp_path, first)
+    with_writer(tmp_path, second)
+
+
+def test_an_array_is_one_step_and_many_jobs(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        commits = ledger.commits
+        ids = await writer.submit([draft("x", 1), draft("a", 1, array=5), draft("y", 1)])
+        assert ids == ["j1", "j2", "j7"], "each job has a number of its own"
+        assert ledger.commits == commits + 1
+        await until(lambda: len(writer.view().ended) == 7)
+        jobs = [each.job for each in ledger.members("j2")]
+        assert [(job.id, job.array_index, job.seq) for job in jobs] == [
+            (f"j2_{i}", i, 2 + i) for i in range(5)
+        ]
+        assert ledger.submitted(["a", "y"]) == {"a": "j2_0", "y": "j7"}
+
+    with_writer(tmp_path, body)
+
+
+def test_who_waits_for_an_array_hears_of_its_jobs(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        (array,) = await writer.submit([draft("a", 1, array=2, hold=True)])
+        heard = asyncio.create_task(writer.changed(array, 10))
+        await asyncio.sleep(0)
+        await writer.request(HoldChanged(1, f"{array}_1", False, "me"))
+        await asyncio.wait_for(heard, 5)
+        await until(lambda: writer.view().jobs[f"{array}_1"].status is Status.RUNNING)
+        assert writer.view().jobs[f"{array}_0"].held
+        await writer.request_all([StopRequested(2, f"{array}_{i}", StopCause.CANCELLED) for i in range(2)])
+        writer.post(RunExited(6, f"{array}_1", 1, Outcome(Status.FAILED, "stopped", signal=15)))
+        await until(lambda: len(writer.view().ended) == 2)
 
     with_writer(tmp_path, body)

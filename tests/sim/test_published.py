@@ -111,8 +111,8 @@ def test_fractions_are_rounded_up_and_progress_is_told(policy: str) -> None:
     replay = policy_named(policy).replay(jobs, parse_nodes("1", 1), told.append)
     assert told == [1, 2]
     for each in replay.outcomes:
-        assert each.queue_s >= 0
-        assert each.held_s >= each.job.duration_s
+        assert each.queue_s >= -1e-9
+        assert each.held_s >= each.job.duration_s - 1e-9
         assert each.runs[0].gpus == each.job.num_gpus
 
 
