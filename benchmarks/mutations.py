@@ -186,7 +186,7 @@ MUTATIONS = (
       "if self._try(turn):"),
     M("an eviction uses no retry", "state", "and not outcome.infra and not evicted\n",
       "and not outcome.infra\n"),
-    M("an evicted job comes back", "state", "return self in (StopCause.PREEMPTED, StopCause.RESIZED)", "return False"),
+    M("an evicted job comes back", "model", "return self in (StopCause.PREEMPTED, StopCause.RESIZED)", "return False"),
     # --- dependencies, time ---
     M("success lets dependents go", "state", "left = tuple(each for each in dependent.after if each != job.id)",
       "left = dependent.after"),
