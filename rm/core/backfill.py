@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
+from itertools import chain
 from math import inf
 
 from rm.core.books import START_S
@@ -52,7 +53,8 @@ def reserve(
     """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
     relief = Relief(job.gang, state.capacity, classes, promised.owed)
     gone: set[tuple[str, int]] = set()
-    for end, other, attempt in _by_end(state, job.id, promised, now, fresh):
+    dated = _by_end(state, job.id, promised, now, fresh)
+    for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh)):
         gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
@@ -207,4 +209,40 @@ def _by_end(
     )
     runs = ((end, job, job.attempt) for end, job in known if job.attempt is not None)
     for end, job, attempt in merge(runs, sorted(fresh, key=lambda each: each[0]), key=lambda each: each[0]):
+        if end == inf:
+            return
         yield max(end, now), job, attempt
+
+
+def _emptiest_first(
+    state: ClusterState, classes: Sequence[NodeClass], promised: Promised, fresh: Fresh
+) -> Iterator[tuple[float, Job, Attempt]]:
+    """The endless attempts, node by node: where most is free already, least has to end.
+
+    Nobody knows when they end, and those that run longest are not the ones to end first: they have shown that they
+    are long. So what counts is how little must end.
+    """
+    given: set[str] = set()
+    on_node: dict[str, list[tuple[Job, Attempt]]] = {}
+    for end, job, attempt in fresh:
+        if end == inf:
+            for node_id in {each.node_id for each in attempt.placed}:
+                on_node.setdefault(node_id, []).append((job, attempt))
+    capacity = state.capacity
+    most = max((len(each.whole) - 1 for each in classes), default=-1)
+    for free in range(most, -1, -1):
+        for group in classes:
+            if free >= len(group.whole):
+                continue
+            for number in group.whole[free]:
+                node_id = capacity.node_numbered(number).id
+                here = on_node.get(node_id, [])
+                for job_id in sorted(state.books.charged_on.get(node_id, ())):
+                    job = state.jobs[job_id]
+                    endless = state.books.planned_end(job) == inf and job_id not in state.books.ending
+                    if endless and job_id not in promised.stopped and job.attempt is not None:
+                        here = [*here, (job, job.attempt)]
+                for job, attempt in here:
+                    if job.id not in given:
+                        given.add(job.id)
+                        yield inf, job, attempt

@@ -414,7 +414,9 @@ class Cycle:
         if any(classes & each.classes for each in self.reservations.values()):
             return
         old = self.notes.reservations.get(job.id)
-        if old is None or old.evicting or not still_good(old, self.state, job, self.now, self._taken):
+        # Where no date is known none is promised: other nodes may have become the better ones.
+        undated = old is None or old.evicting or old.at == inf
+        if undated or old is None or not still_good(old, self.state, job, self.now, self._taken):
             old = reserve(job, self.state, option.classes, self._promised(), self.now, self._fresh)
         if old is not None:
             self._keep(job, option, old)
