@@ -207,6 +207,7 @@ class Settings(BaseModel):
     backfill: Annotated[Backfill, _word(Backfill)] = Backfill.EASY
     half_life: SomeSpan = 7 * DAY_S
     max_age: SomeSpan = DAY_S
+    patience: Span = 0.0
     min_runtime: Span = 0.0
     predicted_limits: Flag = False
     admins: Owners = ()
@@ -233,6 +234,7 @@ class Settings(BaseModel):
             "backfill": self.backfill,
             "half_life_s": self.half_life,
             "max_age_s": self.max_age,
+            "patience_s": self.patience,
             "predicted_limits": self.predicted_limits,
             "min_runtime_s": self.min_runtime,
         }

@@ -237,12 +237,13 @@ def _emptiest_first(
             for number in group.whole[free]:
                 node_id = capacity.node_numbered(number).id
                 here = on_node.get(node_id, [])
-                for job_id in sorted(state.books.charged_on.get(node_id, ())):
+                for job_id in state.books.charged_on.get(node_id, ()):
                     job = state.jobs[job_id]
                     endless = state.books.planned_end(job) == inf and job_id not in state.books.ending
                     if endless and job_id not in promised.stopped and job.attempt is not None:
                         here = [*here, (job, job.attempt)]
-                for job, attempt in here:
+                # In one order, whether this cycle has admitted them or the one before: else the two would disagree.
+                for job, attempt in sorted(here, key=lambda each: each[0].seq):
                     if job.id not in given:
                         given.add(job.id)
                         yield inf, job, attempt

@@ -135,8 +135,10 @@ class Cycle:
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._taken: dict[str, list[Taken]] = {}
         self._fresh: list[tuple[float, Job, Attempt]] = []
+        self._patient: set[int] = set()
+        """Node classes on which the first blocked job lets others pass for now."""
         self._searches = 0
-        self._cover: tuple[tuple[int, int], bool] | None = None
+        self._cover: tuple[tuple[int, int, int], bool] | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -214,6 +216,7 @@ class Cycle:
                 self._charge(queue, kind, -units)
         self._put_back()
         self.closed.clear()
+        self._patient.clear()
         self._full.clear()
         self._full_in_time.clear()
         self._hopeless.clear()
@@ -411,15 +414,21 @@ class Cycle:
     def _reserve(self, job: Job, option: Option) -> None:
         """EASY: the first blocked job on these classes gets the date."""
         classes = {id(each) for each in option.classes}
-        if any(classes & each.classes for each in self.reservations.values()):
+        if classes & self._patient or any(classes & each.classes for each in self.reservations.values()):
             return
         old = self.notes.reservations.get(job.id)
         # Where no date is known none is promised: other nodes may have become the better ones.
         undated = old is None or old.evicting or old.at == inf
         if undated or old is None or not still_good(old, self.state, job, self.now, self._taken):
             old = reserve(job, self.state, option.classes, self._promised(), self.now, self._fresh)
-        if old is not None:
-            self._keep(job, option, old)
+        if old is None:
+            return
+        patient_until = job.submitted_at + self.state.policy.patience_s
+        if old.at == inf and self.now < patient_until:
+            self._patient |= classes
+            self._wake_at(patient_until)
+            return
+        self._keep(job, option, old)
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
@@ -593,7 +602,7 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
-        counts = len(self.reservations), len(self.closed)
+        counts = len(self.reservations), len(self.closed), len(self._patient)
         if self._cover is None or self._cover[0] != counts:
             self._cover = counts, self._is_covered()
         return self._cover[1]
@@ -606,7 +615,7 @@ class Cycle:
             case Backfill.NONE:
                 return len(self.closed) >= len(classes)
             case Backfill.EASY:
-                covered: set[int] = set()
+                covered: set[int] = set(self._patient)
                 for each in self.reservations.values():
                     covered |= each.classes
                 return len(covered) >= sum(1 for key in classes if key.gpu_slots)

@@ -87,6 +87,9 @@ class Policy:
     """Of an owner's usage."""
     max_age_s: float = DAY_S
     """After this long a waiting job counts one priority name higher."""
+    patience_s: float = 0.0
+    """How long the first blocked job waits before GPUs are kept idle for it although nobody knows when the rest of
+    what it needs comes back. 0: at once, so that nobody passes it. Longer: more is running, and gangs wait longer."""
     predicted_limits: bool = False
     """Plan backfill with predicted durations where there is no time limit. Then a wrong guess may delay the head."""
     min_runtime_s: float = 0.0

@@ -17,6 +17,11 @@ _REGISTERED: tuple[Policy, ...] = (
     LivePolicy(
         "rm-default", "our scheduler: fair share between queues and owners, EASY backfill", rules.DEFAULT
     ),
+    LivePolicy(
+        "rm-patient",
+        "our scheduler: the same, but GPUs are kept at an unknown date only for who has waited 6 hours",
+        rules.PATIENT,
+    ),
     LivePolicy("rm-fifo", "our scheduler: by submission, nothing passes a blocked job", rules.STRICT_FIFO),
     LivePolicy(
         "kueue", "our scheduler as Kueue's best effort: by submission, past what doesn't fit", rules.KUEUE
@@ -26,7 +31,11 @@ _REGISTERED: tuple[Policy, ...] = (
         "our scheduler as Slurm: priority, submission, EASY backfill; limits are predicted",
         rules.SLURM,
     ),
-    LivePolicy("rm-shortest", "our scheduler: what is predicted to end soonest first", rules.SHORTEST),
+    LivePolicy(
+        "rm-shortest",
+        "our scheduler: what is predicted to end soonest first, by preemption where that pays",
+        rules.SHORTEST,
+    ),
 )
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in _REGISTERED}
 

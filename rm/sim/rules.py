@@ -18,9 +18,10 @@ DEFAULT = Policy(queues={})
 STRICT_FIFO = Policy(queues={}, order=Order.FIFO, backfill=Backfill.NONE, max_age_s=inf)
 KUEUE = Policy(queues={}, order=Order.FIFO, backfill=Backfill.SKIP, max_age_s=inf)
 SLURM = Policy(queues={}, order=Order.FIFO, backfill=Backfill.EASY, predicted_limits=True, max_age_s=inf)
-SHORTEST = Policy(queues={}, order=Order.SHORTEST_FIRST)
+PATIENT = Policy(queues={}, patience_s=6 * 3600.0)
+SHORTEST = Policy(queues={}, order=Order.SHORTEST_FIRST, backfill=Backfill.SKIP, max_age_s=12 * 3600.0)
 """`queues={}`: the queues of the trace, each without a quota. Where the order is by submission age lifts nobody:
-the oldest is first anyway."""
+the oldest is first anyway. By rank nothing is reserved: who has waited for 12 hours comes first."""
 
 _AMOUNTS = {"nominal", "borrow_limit", "lend_limit"}
 _ENUMS: dict[str, type[StrEnum]] = {

@@ -16,6 +16,7 @@ from rm.core.events import (
     RunStarted,
 )
 from rm.core.model import Kind, Outcome, Status, Strategy
+from rm.core.policy import Policy, QueuePolicy
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
 from rm.errors import InvalidTransition
@@ -316,3 +317,14 @@ def test_being_told_twice_changes_nothing() -> None:
     assert fake.state.version == version
     with pytest.raises(InvalidTransition):
         fake.state.apply(JobSubmitted(fake.now, fake.state.jobs[job]))
+
+
+def test_two_cycles_agree_on_what_is_kept_without_a_date() -> None:
+    """j6 shares a device with j1: whether it was admitted by this cycle or before must not change what j4 is kept."""
+    queues = {name: QueuePolicy(name) for name in "ab"}
+    fake = FakeCluster(policy=Policy(queues=queues, default_queue="a"))
+    fake.add_node("m", 4)
+    fake.add_node("n", 8)
+    for queue, gpus in (("a", 0.5), ("a", 2), ("b", 8), ("b", 2), ("b", 0.5), ("a", 0.5)):
+        fake.submit(gpus, queue=queue, behaviour=Behaviour(1e6))
+    fake.check()
