@@ -17,7 +17,7 @@ from rm.core.model import Gang, Job
 from rm.core.options import Option
 from rm.core.placement import feasible, place
 from rm.core.reasons import Reason
-from rm.core.resources import Bundle, gpu_count
+from rm.core.resources import GPU_UNIT, Bundle, gpu_count
 
 if TYPE_CHECKING:
     from rm.core.cycle import Cycle
@@ -252,7 +252,7 @@ def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | N
         return _no_host_resources(cycle, gang, classes)
     return Reason(
         reasons.FRAGMENTED,
-        f"{_gpus(free)} are free, but not as {gang}: the most on one node are {gpu_count(most):g}",
+        f"{_gpus(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}",
         _evidence(gang, free, most),
         "smaller bundles (more nodes with fewer GPUs each) could start sooner",
     )
@@ -265,7 +265,7 @@ def _no_host_resources(cycle: Cycle, gang: Gang, classes: Sequence[NodeClass]) -
     free = sum(each.free_units for each in classes)
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"{_gpus(gang.gpu_units)} are free for it, but not its CPUs and memory beside them: "
+        f"{_gpus(gang.gpu_units)} {_is(gang.gpu_units)} free for it, but not its CPUs and memory beside them: "
         f"the most on one node are {cpus:g} CPUs and {memory:.1f} GiB",
         {
             **_evidence(gang, free, _most_free(cycle, classes)),
@@ -307,7 +307,7 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
         advice = f"it starts in {wait_s:.0f} s at the latest, by the time limits of others"
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} are free",
+        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
         evidence,
         advice,
     )
@@ -339,3 +339,7 @@ def _evidence(gang: Gang, free: int, most: int) -> dict[str, Any]:
 def _gpus(units: int) -> str:
     count = gpu_count(units)
     return "1 GPU" if count == 1 else f"{count:g} GPUs"
+
+
+def _is(units: int) -> str:
+    return "is" if units == GPU_UNIT else "are"

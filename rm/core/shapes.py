@@ -142,7 +142,10 @@ def _too_large(request: Request, gang: Gang, shapes: Sequence[NodeShape]) -> str
 
 
 def _never_so_many(request: Request, gpus: float, total: int) -> str:
-    return f"{gpus:g} GPUs asked for, but this cluster can never have more than {total}{_of_type(request)}"
+    return (
+        f"{_count_field(request)}: {gpus:g} GPUs asked for, but this cluster can never have more than "
+        f"{total}{_of_type(request)}"
+    )
 
 
 def _split(gang: Gang, largest: int) -> str:
