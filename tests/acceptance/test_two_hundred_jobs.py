@@ -19,7 +19,9 @@ TOTAL_GPUS = 24
 
 
 class Auditor(threading.Thread):
-    """Compares, as fast as it can, what the allocator charges with what our groups hold in Ray's table.
+    """Compares ten times a second what the allocator charges with what our groups hold in Ray's table.
+
+    Faster, it would take a good part of the two cores from what it watches.
 
     One sample is charges, Ray's table, charges. An attempt that Ray shows must be charged in one of the two
     readings around it; where both readings are equal and nothing is in transition, the table must be equal too.
@@ -47,7 +49,7 @@ class Auditor(threading.Thread):
                 self.calm += 1
                 if held != before.keys():
                     self.violations.append(f"nothing in transition, yet {held} is not {before.keys()}")
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def charged(self) -> dict[str, tuple[str, float]]:
         views = [job.last for job in self.client.jobs(limit=1000)]
@@ -78,7 +80,7 @@ def test_two_hundred_random_jobs(client) -> None:
                 client.job(view.id).cancel()
                 late.discard(view.id)
         assert time.monotonic() < deadline, f"{len(live)} jobs still live"
-        time.sleep(0.1)
+        time.sleep(0.25)
     auditor.stop.set()
     auditor.join(30)
     expected = {"ok": "SUCCEEDED", "fail": "FAILED", "cancel": "CANCELLED"}
