@@ -101,7 +101,7 @@ def why_each(state: ClusterState, jobs: Iterable[Job], now: float) -> dict[str, 
 
 
 class Cycle:
-    """One cycle's trial. `explain` runs one too, to look at it before it is rolled back."""
+    """One cycle's trial. `why` runs one too, and `explain` looks at it before it is rolled back."""
 
     def __init__(self, state: ClusterState, now: float, *, for_readers: bool = False) -> None:
         self.state = state
@@ -305,7 +305,20 @@ class Cycle:
         same = job.queue, job.owner, job.gang
         if same in self._full:
             return False
-        no_place = True
+        admitted, no_place = self._admit_first(job, options)
+        if not admitted:
+            self._full.add(same)
+            if no_place:
+                self._fit &= ~bit
+        return admitted
+
+    def _admit_first(self, job: Job, options: Sequence[Option]) -> tuple[bool, bool]:
+        """Admit the job by the first option that has quota and a place.
+
+        Returns whether it was, and whether nobody else of its shape could be either: it had the quota everywhere, and
+        what kept it out is not of its queue.
+        """
+        no_place = not self.closed and not self.state.policy.queues[job.queue].labels
         for option in options:
             gang = self.within_quota(job, option)
             if gang is None:
@@ -314,11 +327,8 @@ class Cycle:
             places = self.place(gang, option)
             if places is not None:
                 self._admit(job, option, places)
-                return True
-        self._full.add(same)
-        if no_place and not self.closed and not self.state.policy.queues[job.queue].labels:
-            self._fit &= ~bit
-        return False
+                return True, False
+        return False, no_place
 
     def within_quota(self, job: Job, option: Option) -> Gang | None:
         """The gang cut to what the queue and the owner may still take, or None where the minimum is too much."""
@@ -492,9 +502,11 @@ class Cycle:
         self._lift()
         try:
             for job, in_time in candidates:
-                bit = group.shape.bit if len(in_time) == len(options) else 0
-                if not self._admit_in_time(job, in_time, bit) and bit:
+                admitted, no_place = self._admit_first(job, in_time)
+                if not admitted and len(in_time) == len(options):
                     self._full_in_time.add(same)
+                    if no_place:
+                        self._fit_in_time &= ~group.shape.bit
                     break
         finally:
             self._put_back()
@@ -524,21 +536,6 @@ class Cycle:
         classes = class_ids(option.classes)
         dates = [each.at for each in self.reservations.values() if each.classes & classes]
         return -inf if inf in dates else min(dates, default=inf)
-
-    def _admit_in_time(self, job: Job, options: Sequence[Option], bit: int) -> bool:
-        no_place = True
-        for option in options:
-            gang = self.within_quota(job, option)
-            if gang is None:
-                no_place = False
-                continue
-            places = self.place(gang, option)
-            if places is not None:
-                self._admit(job, option, places)
-                return True
-        if no_place and not self.closed and not self.state.policy.queues[job.queue].labels:
-            self._fit_in_time &= ~bit
-        return False
 
     # --- evictions -----------------------------------------------------------------------------------------
 
