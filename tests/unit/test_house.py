@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,14 @@ def test_every_state_and_every_reason_has_its_page() -> None:
     codes = [value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)]
     for code in codes:
         assert (REPO / "docs" / "reasons" / f"{code}.md").exists(), code
+
+
+def test_every_mutation_has_something_to_break() -> None:
+    """`make mutations` runs for minutes and not in CI: what it would change must at least still be there."""
+    names = runpy.run_path(str(REPO / "benchmarks" / "mutations.py"))
+    stale = [
+        each.rule
+        for each in names["MUTATIONS"]
+        if (REPO / "rm" / "core" / f"{each.file}.py").read_text().count(each.old) != 1
+    ]
+    assert not stale
