@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_client import event, node, view
+from probes import wait_until
 
 from rm.demo import reaper
 from rm.demo.sandbox import private_directory, training, training_scripts
@@ -158,6 +159,8 @@ def test_the_reaper_ends_nobody_elses_processes() -> None:
         mark = os.environ[reaper.VARIABLE]
         child = subprocess.Popen(["sleep", "600"])
         try:
+            # In the middle of exec a process has no environment to read; Popen may return just then.
+            wait_until(Path(f"/proc/{child.pid}/environ").read_bytes, 5, "the child has become sleep")
             assert reaper.marked(mark) == [child.pid]
             assert reaper.marked("another") == []
         finally:
