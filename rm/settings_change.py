@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from rm.core.capacity import MEMORY_STEP, matches
-from rm.core.model import Gang, Job, Node, NodeShape
+from rm.core.capacity import matches
+from rm.core.model import Gang, Job, NodeShape
 from rm.core.placement import feasible
 from rm.core.policy import ANY, Policy, Reclaim
 from rm.core.quota import QuotaTree
-from rm.core.resources import GPU_UNIT, gpu_count
+from rm.core.resources import GPU_UNIT, gpu_count, gpus_in_words
 
 MOST_NAMED = 5
 """Jobs that a sentence names; the record has all of them."""
@@ -33,15 +33,10 @@ class Consequence:
 
 
 def consequences(
-    jobs: Iterable[Job],
-    nodes: Iterable[Node],
-    old: Policy,
-    new: Policy,
-    launchable: Sequence[NodeShape] = (),
+    jobs: Iterable[Job], shapes: Sequence[NodeShape], old: Policy, new: Policy
 ) -> list[Consequence]:
-    """What replacing `old` by `new` would do to `jobs`. `launchable`: node shapes that could still come."""
+    """What replacing `old` by `new` would do to `jobs`. `shapes`: the nodes that the cluster has or could launch."""
     live = sorted(jobs, key=lambda job: job.seq)
-    shapes = (*_shapes(nodes), *launchable)
     before, after = _World(old, shapes, live), _World(new, shapes, live)
     return [
         *_queues_gone(before, after),
@@ -261,18 +256,4 @@ def _verb(jobs: Sequence[Job], word: str) -> str:
 
 
 def _gpus(units: int, kind: str = ANY) -> str:
-    of_kind = "" if kind == ANY else f"{kind} "
-    return f"{gpu_count(units):g} {of_kind}GPU" + ("" if units == GPU_UNIT else "s")
-
-
-def _shapes(nodes: Iterable[Node]) -> tuple[NodeShape, ...]:
-    """The nodes as shapes: what is free on them now plays no part."""
-    counts: dict[NodeShape, int] = {}
-    for node in nodes:
-        memory = node.memory_bytes - node.memory_bytes % MEMORY_STEP
-        labels = tuple(pair for pair in node.labels if pair[0] != "ray.io/node-id")
-        shape = NodeShape(node.gpu_slots, node.cpu_milli, memory, labels)
-        counts[shape] = counts.get(shape, 0) + 1
-    return tuple(
-        NodeShape(s.gpu_slots, s.cpu_milli, s.memory_bytes, s.labels, most) for s, most in counts.items()
-    )
+    return gpus_in_words(units, "" if kind == ANY else kind)

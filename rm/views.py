@@ -205,7 +205,7 @@ def array_view(array_id: str, first: JobView, tally: Mapping[Status, int], ended
     return replace(
         first,
         id=array_id,
-        status=str(_whole(tally)),
+        status=str(array_status(tally)),
         attempts=0,
         failures=0,
         infra_failures=0,
@@ -232,7 +232,7 @@ _WORST_FIRST = (
 )  # fmt: skip
 
 
-def _whole(tally: Mapping[Status, int]) -> Status:
+def array_status(tally: Mapping[Status, int]) -> Status:
     """RUNNING while any of them does; ended only when all have; SUCCEEDED only if all did."""
     return next((status for status in _WORST_FIRST if tally.get(status)), Status.SUCCEEDED)
 

@@ -42,6 +42,33 @@ class Reservation:
     evicting: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """What the running cycle has promised so far.
+
+    `owed`: units by node that reservations need beyond what is kept for them. `holders`: who has a reservation.
+    `stopped`: whom the cycle has told to stop.
+    """
+
+    owed: Mapping[str, int]
+    holders: Collection[str] = ()
+    stopped: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Device slots of one node that the running cycle has given away, and when they come back by what is known."""
+
+    attempt: tuple[str, int]
+    slots: tuple[int, ...]
+    units: int
+    end: float
+
+
+Fresh = Sequence[tuple[float, Job, Attempt]]
+"""(planned end, job, attempt) of what the running cycle has admitted."""
+
+
 def reserve(
     job: Job,
     state: ClusterState,
@@ -82,20 +109,6 @@ def _on(node_ids: Mapping[str, int], state: ClusterState) -> set[tuple[str, int]
     """The attempts on these nodes."""
     ids = {job_id for node_id in node_ids for job_id in state.books.charged_on.get(node_id, ())}
     return {(job_id, state.jobs[job_id].attempts) for job_id in ids}
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Device slots of one node that the running cycle has given away, and when they come back by what is known."""
-
-    attempt: tuple[str, int]
-    slots: tuple[int, ...]
-    units: int
-    end: float
-
-
-Fresh = Sequence[tuple[float, Job, Attempt]]
-"""(planned end, job, attempt) of what the running cycle has admitted."""
 
 
 def still_good(
@@ -165,19 +178,6 @@ def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken:
     return devices.without_foreign(node.foreign_units)
 
 
-@dataclass(frozen=True, slots=True)
-class Promised:
-    """What the running cycle has promised so far.
-
-    `owed`: units by node that reservations need beyond what is kept for them. `holders`: who has a reservation.
-    `stopped`: whom the cycle has told to stop.
-    """
-
-    owed: Mapping[str, int]
-    holders: Collection[str] = ()
-    stopped: Collection[str] = ()
-
-
 def coming(state: ClusterState, for_job: str, promised: Promised) -> Iterator[Job]:
     """The jobs whose GPUs are on their way back and that `for_job` may count on, less what is owed.
 
@@ -236,12 +236,12 @@ def _emptiest_first(
                 continue
             for number in group.whole[free]:
                 node_id = capacity.node_numbered(number).id
-                here = on_node.get(node_id, [])
+                here = list(on_node.get(node_id, ()))
                 for job_id in state.books.charged_on.get(node_id, ()):
                     job = state.jobs[job_id]
                     endless = state.books.planned_end(job) == inf and job_id not in state.books.ending
                     if endless and job_id not in promised.stopped and job.attempt is not None:
-                        here = [*here, (job, job.attempt)]
+                        here.append((job, job.attempt))
                 # In one order, whether this cycle has admitted them or the one before: else the two would disagree.
                 for job, attempt in sorted(here, key=lambda each: each[0].seq):
                     if job.id not in given:

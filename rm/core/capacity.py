@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from rm.core.model import Gang, Node, NodeShape, PlacedBundle
+from rm.core.model import GPU_TYPE, Gang, Node, NodeShape, PlacedBundle
 from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, Bundle, Devices
 
-GPU_TYPE = "ray.io/accelerator-type"
 MEMORY_STEP = 2**28
 """Shapes count memory in steps: machines of one type differ by a few bytes."""
 _OWN_LABELS = frozenset({"ray.io/node-id"})

@@ -339,7 +339,7 @@ class Cycle:
         count = left // units
         if count < least:
             return None
-        return Gang(job.gang.bundle, count, job.gang.strategy, job.gang.gpu_types, job.gang.labels, least)
+        return job.gang.at_most(count)
 
     def owner_left(self, job: Job) -> int:
         """Units that the job's owner may still take in its queue."""
@@ -545,7 +545,7 @@ class Cycle:
             return None
         self._searches += 1
         if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self._owed(), set(self._stopped))
+            return self._outlast().evict(job, option.classes, self._owed(), self._stopped)
         return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
 
     def _outlast(self) -> Outlast:
@@ -673,11 +673,7 @@ class Cycle:
     def wanted(self, job: Job) -> Gang:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
-        if rules is None or not rules.labels:
-            return job.gang
-        labels = tuple(sorted({*job.gang.labels, *rules.labels}))
-        gang = job.gang
-        return Gang(gang.bundle, gang.count, gang.strategy, gang.gpu_types, labels, gang.least)
+        return job.gang if rules is None else job.gang.on(rules.labels)
 
 
 def _notes(state: ClusterState) -> Notes:

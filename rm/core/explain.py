@@ -17,7 +17,7 @@ from rm.core.model import Gang, Job
 from rm.core.options import Option
 from rm.core.placement import feasible, place
 from rm.core.reasons import Reason
-from rm.core.resources import GPU_UNIT, Bundle, gpu_count
+from rm.core.resources import GPU_UNIT, Bundle, gpu_count, gpus_in_words
 
 if TYPE_CHECKING:
     from rm.core.cycle import Cycle
@@ -128,7 +128,7 @@ def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
         limit = gpu_count(rules.max_gpus_per_owner)
         return Reason(
             reasons.EXCEEDS_QUOTA,
-            f"needs {_gpus(units)}; in queue {job.queue} one owner may never hold more than {limit:g}",
+            f"needs {gpus_in_words(units)}; in queue {job.queue} one owner may never hold more than {limit:g}",
             {"needed_gpus": gpu_count(units), "owner_limit_gpus": limit, "queue": job.queue},
             "ask for fewer GPUs, or use a queue with a larger limit",
         )
@@ -136,7 +136,7 @@ def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
         return None
     return Reason(
         reasons.EXCEEDS_QUOTA,
-        f"needs {_gpus(units)}; queue {job.queue} may never hold more than {_gpus(most)}",
+        f"needs {gpus_in_words(units)}; queue {job.queue} may never hold more than {gpus_in_words(most)}",
         {"needed_gpus": gpu_count(units), "most_gpus": gpu_count(most), "queue": job.queue},
         "ask for fewer GPUs, or use a queue with a larger quota",
     )
@@ -151,7 +151,7 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     if rules.max_gpus_per_owner is not None and held + units > rules.max_gpus_per_owner:
         return Reason(
             reasons.WAITING_FOR_QUOTA,
-            f"{job.owner} holds {_gpus(held)} in queue {job.queue}, where one owner may hold "
+            f"{job.owner} holds {gpus_in_words(held)} in queue {job.queue}, where one owner may hold "
             f"{gpu_count(rules.max_gpus_per_owner):g}",
             {"held_gpus": gpu_count(held), "owner_limit_gpus": gpu_count(rules.max_gpus_per_owner)},
             "it starts when your own jobs give GPUs back",
@@ -162,7 +162,7 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     of_kind = "" if kind == "*" else f" {kind}"
     return Reason(
         reasons.WAITING_FOR_QUOTA,
-        f"needs {_gpus(units)}; queue {job.queue} owns {gpu_count(owns):g}{of_kind}, uses {gpu_count(used):g} "
+        f"needs {gpus_in_words(units)}; queue {job.queue} owns {gpu_count(owns):g}{of_kind}, uses {gpu_count(used):g} "
         f"and may take {gpu_count(left):g} more",
         {
             "queue": job.queue,
@@ -184,10 +184,10 @@ def _coming(cycle: Cycle, job: Job) -> Reason | None:
     names = reservation.evicting or tuple(sorted(job_id for job_id, _ in reservation.counted))
     listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
     what = "is" if len(names) == 1 else "are"
-    how = "evicted for it" if reservation.evicting else "giving GPUs back"
+    how = "being evicted for it" if reservation.evicting else "giving GPUs back"
     return Reason(
         reasons.WAITING_FOR_VICTIMS,
-        f"{listed} {what} {how}" if not reservation.evicting else f"{listed} {what} being {how}",
+        f"{listed} {what} {how}",
         {"jobs": list(names), "needed_gpus": gpu_count(job.gang.gpu_units)},
         "it starts as soon as they have ended",
     )
@@ -252,7 +252,7 @@ def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | N
         return _no_host_resources(cycle, gang, classes)
     return Reason(
         reasons.FRAGMENTED,
-        f"{_gpus(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}",
+        f"{gpus_in_words(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}",
         _evidence(gang, free, most),
         "smaller bundles (more nodes with fewer GPUs each) could start sooner",
     )
@@ -265,7 +265,7 @@ def _no_host_resources(cycle: Cycle, gang: Gang, classes: Sequence[NodeClass]) -
     free = sum(each.free_units for each in classes)
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"{_gpus(gang.gpu_units)} {_is(gang.gpu_units)} free for it, but not its CPUs and memory beside them: "
+        f"{gpus_in_words(gang.gpu_units)} {_is(gang.gpu_units)} free for it, but not its CPUs and memory beside them: "
         f"the most on one node are {cpus:g} CPUs and {memory:.1f} GiB",
         {
             **_evidence(gang, free, _most_free(cycle, classes)),
@@ -307,7 +307,7 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
         advice = f"it starts in {wait_s:.0f} s at the latest, by the time limits of others"
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"needs {_gpus(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
+        f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
         evidence,
         advice,
     )
@@ -334,11 +334,6 @@ def _evidence(gang: Gang, free: int, most: int) -> dict[str, Any]:
         "free_gpus": gpu_count(free),
         "free_on_one_node": gpu_count(most),
     }
-
-
-def _gpus(units: int) -> str:
-    count = gpu_count(units)
-    return "1 GPU" if count == 1 else f"{count:g} GPUs"
 
 
 def _is(units: int) -> str:

@@ -6,11 +6,14 @@ Times are seconds since the epoch as the allocator's clock gave them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from rm.core.reasons import Reason
 from rm.core.resources import Bundle, Devices, gpu_count
+
+GPU_TYPE = "ray.io/accelerator-type"
+"""The label that names a node's type of GPU."""
 
 
 class Status(StrEnum):
@@ -82,6 +85,14 @@ class Gang:
         """The same with exactly `count` bundles."""
         return Gang(self.bundle, count, self.strategy, self.gpu_types, self.labels)
 
+    def at_most(self, count: int) -> Gang:
+        """The same with its minimum as it is and at most `count` bundles."""
+        return replace(self, count=min(count, self.count), least=self.minimum)
+
+    def on(self, labels: tuple[tuple[str, str], ...]) -> Gang:
+        """The same, only on nodes that carry these labels too."""
+        return replace(self, labels=tuple(sorted({*self.labels, *labels}))) if labels else self
+
     def __str__(self) -> str:
         shape = f"{gpu_count(self.bundle.gpu_units):g} GPU"
         kind = f" ({' or '.join(self.gpu_types)})" if self.gpu_types else ""
@@ -112,7 +123,7 @@ class Node:
 
     @property
     def gpu_type(self) -> str | None:
-        return dict(self.labels).get("ray.io/accelerator-type")
+        return dict(self.labels).get(GPU_TYPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +139,7 @@ class NodeShape:
 
     @property
     def gpu_type(self) -> str | None:
-        return dict(self.labels).get("ray.io/accelerator-type")
+        return dict(self.labels).get(GPU_TYPE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ never mixes GPUs that are accounted differently.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rm.core.capacity import NodeClass
 from rm.core.model import Gang
@@ -39,9 +39,8 @@ class Options:
         return found
 
     def _find(self, queue: str, gang: Gang) -> list[Option]:
-        state, labels = self._state, self._state.policy.queues[queue].labels
-        wanted = replace(gang, labels=tuple(sorted({*gang.labels, *labels}))) if labels else gang
-        classes = state.capacity.matching(wanted)
+        state = self._state
+        classes = state.capacity.matching(gang.on(state.policy.queues[queue].labels))
         quota = state.books.quota
         if gang.gpu_types:
             ways = [

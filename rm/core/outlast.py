@@ -14,7 +14,7 @@ they are all that runs. The numbers below were chosen on a replay of three publi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rm.core.backfill import Reservation, class_ids
@@ -101,7 +101,7 @@ class Outlast:
         return by_node
 
     def evict(
-        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
+        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
     ) -> Eviction | None:
         """The cheapest victims for `job`, or None where stopping anybody does not pay."""
         aged = waited_long(job, self._now, self._state)
@@ -115,7 +115,7 @@ class Outlast:
         return self._on_whole_nodes(mine, classes, owed, stopped)
 
     def _on_one_node(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
     ) -> Eviction | None:
         job = mine.job
         capacity, need = self._state.capacity, job.gang.bundle.gpu_units
@@ -149,7 +149,7 @@ class Outlast:
         return self._eviction(job, classes, {best[1]: need}, best[2])
 
     def _on_whole_nodes(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: set[str]
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
     ) -> Eviction | None:
         """A gang of several nodes: those that are cheapest to empty."""
         job, by_node = mine.job, self._victims(mine.aged)

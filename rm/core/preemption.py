@@ -24,6 +24,7 @@ from rm.core.model import Attempt, Job, Phase, StopCause
 from rm.core.policy import ANY, Preempt, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
+from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
 
 MOST_CANDIDATES = 5_000
@@ -66,7 +67,7 @@ def loss(job: Job, now: float) -> float:
     if attempt is None or attempt.started_at is None:
         return 0.0
     since = max(attempt.started_at, attempt.checkpoint_at or attempt.started_at)
-    return max(0.0, now - since) * job.held_units / 10_000
+    return max(0.0, now - since) * job.held_units / GPU_UNIT
 
 
 def in_transit(

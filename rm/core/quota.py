@@ -185,14 +185,11 @@ class QuotaTree:
     def usages(self) -> dict[tuple[str, str], int]:
         """(queue, kind) → units, without zeros: what `ClusterState.check` compares."""
         return {
-            (name, kind): tally.usage
+            (name, kind): tree[name].usage
             for kind, tree in self._trees.items()
-            for name, tally in tree.items()
-            if tally.usage and name in self._policy.queues and self._is_leaf(name)
+            for name in self._policy.leaves()
+            if tree[name].usage
         }
-
-    def _is_leaf(self, name: str) -> bool:
-        return all(queue.parent != name for queue in self._policy.queues.values())
 
     def _tree(self, kind: str) -> dict[str, _Tally]:
         tree = self._trees.get(kind)

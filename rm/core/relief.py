@@ -62,11 +62,6 @@ class Relief:
         """Where the gang's minimum fits now, or None."""
         return self._real() if self._may_fit() else None
 
-    def free_on(self, node_id: str) -> Devices | None:
-        """What is free on a node with all that came back, what others wait for included."""
-        site = self._sites.get(node_id)
-        return site.devices if site else None
-
     def _move(self, bundle: Bundle, placed: Sequence[PlacedBundle], sign: int) -> bool:
         met = False
         for each in placed:

@@ -23,6 +23,11 @@ def gpu_count(units: int) -> float:
     return whole if part == 0 else units / GPU_UNIT
 
 
+def gpus_in_words(units: int, kind: str = "") -> str:
+    """ "1 GPU", "0.5 GPUs", "8 A100 GPUs"."""
+    return f"{gpu_count(units):g} {kind}{' ' if kind else ''}GPU{'' if units == GPU_UNIT else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """What one bundle of a gang holds on one node.

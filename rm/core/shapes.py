@@ -104,9 +104,7 @@ def _gang(request: Request, units: int, count: int) -> Gang:
 
 def _nothing_matches(request: Request, shapes: Sequence[NodeShape]) -> str:
     if request.gpu_types:
-        kinds = sorted(
-            {dict(s.labels).get("ray.io/accelerator-type", "") for s in shapes if s.gpu_slots} - {""}
-        )
+        kinds = sorted({s.gpu_type for s in shapes if s.gpu_slots and s.gpu_type})
         have = f"it has {', '.join(kinds)}" if kinds else "its nodes carry no GPU type"
         return f"no node of this cluster has a GPU of type {' or '.join(request.gpu_types)}; {have}"
     if request.labels:

@@ -51,6 +51,7 @@ from rm.views import (
     JobView,
     NodeView,
     QueueView,
+    array_status,
     array_view,
     job_view,
     node_view,
@@ -316,7 +317,7 @@ class Allocator:
         await self._up()
         for job_id in job_ids:
             self._holders.heard(job_id)
-        return {job_id: (await self._look(job_id)).status for job_id in job_ids}
+        return {job_id: str(await self._status(job_id)) for job_id in job_ids}
 
     async def why(self, job_id: str) -> dict[str, Any]:
         """Why the job does not run: code, message, evidence, advice. For a job that runs or ended, it says so.
@@ -392,9 +393,7 @@ class Allocator:
         await self._up()
         settings = Settings.parse(text)
         policy, state = settings.policy(), self._writer.state
-        effects = consequences(
-            state.jobs.values(), state.nodes.values(), state.policy, policy, state.launchable
-        )
+        effects = consequences(state.jobs.values(), state.node_shapes(), state.policy, policy)
         if not dry_run:
             await self.apply_policy(policy, text, by)
         return {
@@ -466,6 +465,11 @@ class Allocator:
         if isinstance(found, Counter):
             return await self._array_view(job_id, found)
         return await self._view(found)
+
+    async def _status(self, job_id: str) -> Status:
+        """Without the rest of a view: heartbeats ask every two seconds, and a reason costs a walk over the queue."""
+        found = await self._find_any(job_id)
+        return array_status(found) if isinstance(found, Counter) else found.status
 
     async def _live(self, job_id: str) -> list[Job]:
         """The job, or the jobs of the array, that have not ended. Raises UnknownJob."""

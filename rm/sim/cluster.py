@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rm.core.capacity import GPU_TYPE
+from rm.core.model import GPU_TYPE
 from rm.errors import Infeasible, InvalidSpec
 from rm.sim.trace import TraceJob
 

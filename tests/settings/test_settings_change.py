@@ -30,9 +30,7 @@ def cluster(text: str = OPEN) -> FakeCluster:
 
 
 def told(fake: FakeCluster, text: str) -> list[Consequence]:
-    found = consequences(
-        fake.state.jobs.values(), fake.state.nodes.values(), fake.policy, policy(text), fake.state.launchable
-    )
+    found = consequences(fake.state.jobs.values(), fake.state.node_shapes(), fake.policy, policy(text))
     # It is told before; then it must be possible.
     fake.apply_policy(policy(text))
     return found
@@ -110,7 +108,7 @@ def test_running_jobs_above_a_smaller_quota() -> None:
     )
     (found,) = consequences(
         fake.state.jobs.values(),
-        fake.state.nodes.values(),
+        fake.state.node_shapes(),
         fake.policy,
         policy(change.format(limit=1, reclaim="any")),
     )
@@ -172,9 +170,9 @@ def test_no_change_has_no_consequences_and_any_change_is_told_of_real_jobs(
     for queue, gpus, owner in jobs:
         fake.submit(gpus, queue=queue, owner=owner, behaviour=LONG)
     fake.apply_policy(policy(old))
-    live, nodes = list(fake.state.jobs.values()), list(fake.state.nodes.values())
-    assert consequences(live, nodes, policy(old), policy(old)) == []
-    found = consequences(live, nodes, policy(old), policy(new))
+    live, shapes = list(fake.state.jobs.values()), fake.state.node_shapes()
+    assert consequences(live, shapes, policy(old), policy(old)) == []
+    found = consequences(live, shapes, policy(old), policy(new))
     assert all(set(each.jobs) <= {job.id for job in live} and each.message for each in found)
     fake.apply_policy(policy(new))
     views = queue_views(
