@@ -31,7 +31,8 @@ CASES = (
     ("philly_oct14d", "64"),
     ("philly_oct14d", "80"),
 )
-POLICIES = ("fifo", "rm-fifo", "fifo+skip", "kueue", "slurm", "tiresias", "srtf", "rm-default", "rm-shortest")
+POLICIES = ("fifo", "rm-fifo", "fifo+skip", "kueue", "slurm", "tiresias", "srtf", "rm-default", "rm-patient",
+            "rm-shortest")  # fmt: skip
 COLUMNS: tuple[tuple[str, str, Callable[[Figures], float]], ...] = (
     ("JCT MEAN s", "{:,.0f}", lambda each: each.mean_jct_s),
     ("P99", "{:,.0f}", lambda each: each.p99_jct_s),

@@ -69,13 +69,7 @@ class Resources(BaseModel):
     @field_validator("nodes", "min_nodes", mode="before")
     @classmethod
     def _nodes(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be a whole number of nodes, not {value!r}")
-        if not 1 <= value <= MAX_GPUS:
-            raise ValueError(f"must be from 1 to {MAX_GPUS}, not {value!r}")
-        return value
+        return _whole_number(value, "nodes", MAX_GPUS)
 
     @field_validator("gpu_type", mode="before")
     @classmethod
@@ -292,13 +286,7 @@ class JobSpec(BaseModel):
     @field_validator("array", mode="before")
     @classmethod
     def _array(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be a whole number of jobs, not {value!r}")
-        if not 1 <= value <= MAX_ARRAY:
-            raise ValueError(f"must be from 1 to {MAX_ARRAY}, not {value!r}")
-        return value
+        return _whole_number(value, "jobs", MAX_ARRAY)
 
     @field_validator("env")
     @classmethod
@@ -363,6 +351,16 @@ def _job_id(value: Any) -> str:
         if re.fullmatch(r"j?[0-9]+(_[0-9]+)?", text):
             return text if text.startswith("j") else f"j{text}"
     raise ValueError(f"must be job ids such as 'j17', not {value!r}")
+
+
+def _whole_number(value: Any, of_what: str, most: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"must be a whole number of {of_what}, not {value!r}")
+    if not 1 <= value <= most:
+        raise ValueError(f"must be from 1 to {most}, not {value!r}")
+    return value
 
 
 def parse_duration(value: Any) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rm.sim.cluster import Pool, SimCluster
@@ -23,6 +23,7 @@ TIRESIAS_INTERVAL_S = 60
 
 
 def _replay_srtf(pool: Pool, jobs: list[TraceJob], counted: Counted) -> list[JobOutcome]:
+    """Shortest remaining time first, with exact knowledge: the bound that a clairvoyant scheduler could reach."""
     state = PreemptivePool(pool, jobs, counted)
     # Running jobs lose a second of work every second, so the order by remaining work is the order by `done`.
     waiting: list[Entry] = []
@@ -87,6 +88,7 @@ class _Levels:
 
 
 def _replay_tiresias(pool: Pool, jobs: list[TraceJob], counted: Counted) -> list[JobOutcome]:
+    """Least attained service in two queues (Gu et al., NSDI '19), as the Lucid simulator has it. Knows nothing."""
     state = PreemptivePool(pool, jobs, counted)
     levels = _Levels()
     last, changed = 0, False
@@ -125,38 +127,22 @@ def _replay_tiresias(pool: Pool, jobs: list[TraceJob], counted: Counted) -> list
 
 
 @dataclass(frozen=True, slots=True)
-class ShortestRemaining:
-    """Shortest remaining time first, with exact knowledge: the bound that a clairvoyant scheduler could reach."""
+class Preemptive:
+    """A policy that is played in each pool by itself."""
 
-    name: str = "srtf"
-    summary: str = "shortest remaining time first (oracle), preempting"
-
-    def replay(self, jobs: Sequence[TraceJob], cluster: SimCluster, progress: Progress = silent) -> Replay:
-        counted = Counted(progress)
-        split = cluster.split(jobs)
-        return Replay(
-            self.name,
-            cluster,
-            [done for pool, own in split for done in _replay_srtf(pool, own, counted)],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Tiresias:
-    """Least attained service in two queues (Gu et al., NSDI '19), as the Lucid simulator has it. Knows nothing."""
-
-    name: str = "tiresias"
-    summary: str = "two queues by attained GPU-seconds, preempting every 60 s"
+    name: str
+    summary: str
+    replay_pool: Callable[[Pool, list[TraceJob], Counted], list[JobOutcome]]
 
     def replay(self, jobs: Sequence[TraceJob], cluster: SimCluster, progress: Progress = silent) -> Replay:
         counted = Counted(progress)
-        split = cluster.split(jobs)
-        return Replay(
-            self.name,
-            cluster,
-            [done for pool, own in split for done in _replay_tiresias(pool, own, counted)],
-        )
+        outcomes: list[JobOutcome] = []
+        for pool, own in cluster.split(jobs):
+            outcomes += self.replay_pool(pool, own, counted)
+        return Replay(self.name, cluster, outcomes)
 
 
-SRTF = ShortestRemaining()
-TIRESIAS = Tiresias()
+SRTF = Preemptive("srtf", "shortest remaining time first (oracle), preempting", _replay_srtf)
+TIRESIAS = Preemptive(
+    "tiresias", "two queues by attained GPU-seconds, preempting every 60 s", _replay_tiresias
+)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_client import FakeClient
 
 from rm import cli, client
+from rm.sim.trace import TraceJob, write_trace
 
 
 @dataclass
@@ -48,3 +50,14 @@ def rmctl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(code, shown.out, shown.err)
 
     return rmctl
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """80 jobs of two queues, of up to 16 GPUs."""
+    jobs = [
+        TraceJob(f"j{each}", 7 * each, 60 + each, (1, 2, 8, 16)[each % 4], queue="ab"[each % 2])
+        for each in range(80)
+    ]
+    write_trace(tmp_path / "trace.csv.gz", jobs)
+    return tmp_path / "trace.csv.gz"

@@ -10,23 +10,13 @@ from typing import Any
 import pytest
 
 from rm.cli.simulate import progress_bar
-from rm.sim.trace import TraceJob, read_trace, write_trace
+from rm.sim.trace import TraceJob, read_trace
 
 KEYS = [
     "policy", "mean_jct_s", "median_jct_s", "p95_jct_s", "p99_jct_s", "mean_queue_s", "median_queue_s", "p95_queue_s",
     "p99_queue_s", "max_queue_s", "makespan_s", "utilisation", "worst_ftr", "mean_ftr", "jain", "preemptions",
     "gpu_seconds_lost", "node_hours", "jobs",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    jobs = [
-        TraceJob(f"j{each}", 7 * each, 60 + each, (1, 2, 8, 16)[each % 4], queue="ab"[each % 2])
-        for each in range(80)
-    ]
-    write_trace(tmp_path / "trace.csv.gz", jobs)
-    return tmp_path / "trace.csv.gz"
 
 
 def test_policies_side_by_side(rmctl: Any, trace: Path) -> None:

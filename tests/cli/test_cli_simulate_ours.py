@@ -14,20 +14,9 @@ from rm.core.model import Gang, Job, Kind, Status
 from rm.core.resources import GPU_UNIT, Bundle
 from rm.ledger import Accepted, Batch, EventRow, Ledger
 from rm.sim.policies import POLICIES
-from rm.sim.trace import TraceJob, write_trace
 from rm.spec import build_spec
 
 TOTALS = Totals(8 * GPU_UNIT, 0, 0, 8 * GPU_UNIT)
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    jobs = [
-        TraceJob(f"j{each}", 7 * each, 60 + each, (1, 2, 8, 16)[each % 4], queue="ab"[each % 2])
-        for each in range(80)
-    ]
-    write_trace(tmp_path / "trace.csv", jobs)
-    return tmp_path / "trace.csv"
 
 
 def test_ours_is_what_is_replayed_where_nothing_is_said(rmctl: Any, trace: Path) -> None:

@@ -32,14 +32,12 @@ from rm.core.events import (
     RunStarted,
     StopRequested,
 )
-from rm.core.model import Attempt, Gang, Job, Kind, NodeShape, Outcome, Status, StopCause, Strategy
+from rm.core.model import GPU_TYPE, Attempt, Gang, Job, Kind, NodeShape, Outcome, Status, StopCause, Strategy
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT, gpu_units
 from rm.core.shapes import Request, resolve
+from rm.spec import PRIORITY_NAMES
 from rm.testing import FakeCluster
-
-GPU_TYPE = "ray.io/accelerator-type"
-PRIORITIES = {"low": -100, "normal": 0, "high": 100}
 
 
 class Stage(FakeCluster):
@@ -183,7 +181,7 @@ class Stage(FakeCluster):
         return Job(
             name, self._jobs, name, said.pop("owner", "ann"), Kind.COMMAND, gang, self.now,
             queue=said.pop("queue", self.policy.default_queue),
-            priority=PRIORITIES.get(priority, priority),
+            priority=PRIORITY_NAMES.get(priority, priority),
             time_limit_s=said.pop("limit", None),
             grace_s=said.pop("grace", 0.0),
             preemptible=said.pop("preemptible", True),
