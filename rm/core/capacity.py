@@ -10,7 +10,7 @@ which keeps the index, the totals and, inside a trial, the way back.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -314,14 +314,6 @@ def charged(node: Node, bundle: Bundle, slots: tuple[int, ...], sign: int) -> No
         node.foreign_cpu_milli,
         node.foreign_memory_bytes,
     )
-
-
-def nodes_of(classes: Iterable[NodeClass], capacity: Capacity) -> Iterator[Node]:
-    """Every node of these classes, the fullest first."""
-    for group in classes:
-        for bucket in group.whole:
-            for number in bucket:
-                yield capacity.node_numbered(number)
 
 
 def _class_key(node: Node) -> ClassKey:

@@ -144,7 +144,7 @@ class Cycle:
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
-        self.state.pending.advance(self.now)
+        self.state.pending.advance(self.now, self.state.jobs)
         self._mark = self.state.capacity.mark()
         return self
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rm.core.gittins import age_bin
 from rm.core.model import Gang, Job
@@ -66,7 +66,6 @@ class Pending:
         self._free_numbers: list[int] = []
         self._clock: list[tuple[float, str]] = []
         """Moments at which time alone changes where a job stands: the end of a pause, or its age."""
-        self.jobs_by_id: dict[str, Job] = {}
 
     def __len__(self) -> int:
         return len(self._home)
@@ -80,15 +79,10 @@ class Pending:
     def group_of(self, job_id: str) -> Group | None:
         return self._home.get(job_id)
 
-    def aside(self) -> list[str]:
-        """The jobs that must not start yet."""
-        return [job_id for job_id, group in self._home.items() if group is None]
-
     def add(self, job: Job, now: float) -> None:
         """Take in a queued job, or one whose record has changed."""
         if job.id in self._home:
             self.remove(job)
-        self.jobs_by_id[job.id] = job
         self._home[job.id] = None
         if job.held or job.after:
             return
@@ -108,7 +102,6 @@ class Pending:
     def remove(self, job: Job) -> None:
         """The job is queued no longer. KeyError where it was not."""
         group = self._home.pop(job.id)
-        self.jobs_by_id.pop(job.id, None)
         if group is None:
             return
         entry = (job.seq, job.id)
@@ -133,18 +126,12 @@ class Pending:
             del self.shapes[shape.gang]
             self._free_numbers.append(shape.number)
 
-    def renew(self, job: Job) -> None:
-        """Another record of a job that stays where it is."""
-        if job.id in self.jobs_by_id:
-            self.jobs_by_id[job.id] = job
-
-    def advance(self, now: float) -> None:
-        """Let in whom the clock lets in, and lift whom it lifts. Called before each cycle."""
+    def advance(self, now: float, jobs: Mapping[str, Job]) -> None:
+        """Let in whom the clock lets in, and lift whom it lifts. Called before each cycle. `jobs`: all records."""
         while self._clock and self._clock[0][0] <= now:
             _, job_id = heapq.heappop(self._clock)
-            job = self.jobs_by_id.get(job_id)
-            if job is not None:
-                self.add(job, now)
+            if job_id in self._home:
+                self.add(jobs[job_id], now)
 
     def next_moment(self) -> float | None:
         """When `advance` will next have something to do."""
@@ -152,7 +139,7 @@ class Pending:
             heapq.heappop(self._clock)
         return self._clock[0][0] if self._clock else None
 
-    def check(self) -> None:
+    def check(self, jobs: Mapping[str, Job]) -> None:
         """Masks, counts and homes, worked out again from the groups. AssertionError where they differ."""
         seen: set[str] = set()
         for queue, groups in self.groups.items():
@@ -167,15 +154,13 @@ class Pending:
                     seen.add(job_id)
             assert self.masks[queue] == mask, f"mask of {queue}"
         for gang, shape in self.shapes.items():
-            homes = [job for job in self.jobs_by_id.values() if self._home[job.id] is not None]
             limits = [
                 job.time_limit_s + job.grace_s
-                for job in homes
+                for job in map(jobs.__getitem__, seen)
                 if job.gang == gang and job.time_limit_s is not None
             ]
             assert shape.limits_s == sorted(limits), f"limits of {gang}"
         assert seen == {job_id for job_id, group in self._home.items() if group is not None}, "homes"
-        assert self._home.keys() == self.jobs_by_id.keys(), "records"
 
     def _join(self, job: Job, priority: int) -> None:
         shape = self.shapes.get(job.gang)

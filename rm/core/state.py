@@ -479,7 +479,6 @@ class ClusterState:
         self.version += 1
         self.books.changed(old, job, self._now)
         if not moved:
-            self.pending.renew(job)
             return
         if old is not None and old.attempt is None:
             self.pending.remove(old)
@@ -555,7 +554,7 @@ class ClusterState:
         held = {owner: usage.current for owner, usage in self.books.usage.items() if usage.current}
         fresh_held = {owner: usage.current for owner, usage in books.usage.items() if usage.current}
         _require(held == fresh_held, f"owners hold {held}, the attempts say {fresh_held}")
-        self.pending.check()
+        self.pending.check(self.jobs)
 
 
 def _resume(job: Job, attempt: Attempt) -> list[Effect]:
