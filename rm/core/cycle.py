@@ -31,17 +31,15 @@ from typing import Self
 from rm.core.backfill import (
     Promised,
     Reservation,
-    Taken,
-    class_ids,
     end_if_started,
-    hold,
     reserve,
     still_good,
 )
 from rm.core.books import START_S
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
-from rm.core.model import Attempt, Gang, Job, Phase, PlacedBundle
+from rm.core.keeping import Kept
+from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import Given, Line, Turn, queue_key
 from rm.core.outlast import LOOK_AGAIN_S, Outlast
@@ -108,8 +106,7 @@ class Cycle:
         self.now = now
         self._for_readers = for_readers
         self.notes = _notes(state)
-        self.reservations: dict[str, Reservation] = {}
-        self.holds: dict[str, int] = {}
+        self.kept = Kept(state, now)
         self.admitted: dict[str, JobAdmitted] = {}
         self.first_blocked: Job | None = None
         self.closed: dict[int, Job] = {}
@@ -133,8 +130,6 @@ class Cycle:
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
-        self._taken: dict[str, list[Taken]] = {}
-        self._fresh: list[tuple[float, Job, Attempt]] = []
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
         self._searches = 0
@@ -155,7 +150,7 @@ class Cycle:
         if self.state.policy.order is Order.SHORTEST_FIRST and self.state.pending.groups:
             self._wake_at(self.now + LOOK_AGAIN_S)
         if not self._for_readers:
-            self.notes.reservations = self.reservations
+            self.notes.reservations = self.kept.reservations
             self.state.wake_at = self._wake
 
     def plan(self) -> Plan:
@@ -168,7 +163,7 @@ class Cycle:
                 key: tuple[object, ...] = (
                     job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now,
                 )  # fmt: skip
-                if job_id in self.reservations:
+                if job_id in self.kept.reservations:
                     key = (job_id,)
                 if key not in known:
                     known[key] = reason_of(self, job)
@@ -190,7 +185,7 @@ class Cycle:
         for _ in range(MOST_PASSES):
             before, self._loosened = len(self.admitted), False
             self._pass(queues)
-            if len(self.admitted) == before or not (self.holds or self.closed or self._loosened):
+            if len(self.admitted) == before or not (self.kept.holds or self.closed or self._loosened):
                 return
             self._start_over()
         self.bounds.add("passes")
@@ -208,13 +203,11 @@ class Cycle:
 
     def _start_over(self) -> None:
         """Forget what was kept, but for those whose victims were told already."""
-        self._lift()
-        for job_id in list(self.reservations):
-            if job_id not in self._evicting:
-                del self.reservations[job_id]
-                queue, kind, units = self._kept_quota.pop(job_id)
-                self._charge(queue, kind, -units)
-        self._put_back()
+        forgotten = [job_id for job_id in self.kept.reservations if job_id not in self._evicting]
+        self.kept.forget(forgotten)
+        for job_id in forgotten:
+            queue, kind, units = self._kept_quota.pop(job_id)
+            self._charge(queue, kind, -units)
         self.closed.clear()
         self._patient.clear()
         self._full.clear()
@@ -255,19 +248,14 @@ class Cycle:
             if not self._worth(turn.group.shape.bit, turn.group.queue):
                 line.drop()
                 continue
-            kept = len(self.reservations)
-            if self._try(turn) or self._is_coming(turn.job_id):
-                line.served()
+            kept = len(self.kept.reservations)
+            if self._try(turn) or self.kept.is_coming(turn.job_id):
+                line.served()  # the next of its group may ask for others
                 return True
             line.drop()
-            if len(self.reservations) > kept:
+            if len(self.kept.reservations) > kept:
                 return True
         return False
-
-    def _is_coming(self, job_id: str) -> bool:
-        """Whether GPUs are on their way back for the job: the next of its group may ask for others."""
-        reservation = self.reservations.get(job_id)
-        return reservation is not None and reservation.at <= self.now
 
     def _finished(self) -> bool:
         """Whether nobody further down could get anything."""
@@ -297,7 +285,7 @@ class Cycle:
         same = job.queue, job.owner, job.gang
         if same not in self._hopeless:
             self._blocked(job, options)
-            if job.id not in self.reservations and self._covered():
+            if job.id not in self.kept.reservations and self._covered():
                 self._hopeless.add(same)
         return False
 
@@ -362,16 +350,7 @@ class Cycle:
         units = len(places) * job.gang.bundle.gpu_units
         self._charge(job.queue, option.kind, units)
         self._given.give(job.queue, job.owner, units)
-        end = end_if_started(job, self.state, self.now)
-        for each in places:
-            taken = Taken((job.id, job.attempts + 1), each.slots, job.gang.bundle.gpu_units, end)
-            self._taken.setdefault(each.node_id, []).append(taken)
-        if any(each.node_id in self.holds for each in places):
-            # What ends in time has made the hold smaller: those behind may use the rest.
-            self._lift()
-            self._put_back()
-            self._loosened = True
-        self._fresh.append((end, job, Attempt(job.attempts + 1, places, Phase.RESERVING, self.now)))
+        self._loosened |= self.kept.took(job, places)
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
         self._events.append(event)
@@ -385,7 +364,7 @@ class Cycle:
     def _blocked(self, job: Job, options: tuple[Option, ...]) -> None:
         """Step 6: keep for the job what is coming, or what may be taken, or what will be free first."""
         state = self.state
-        if job.id in self.reservations:
+        if job.id in self.kept.reservations:
             return
         may_hold = self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
         for option in options if may_hold else ():
@@ -424,13 +403,13 @@ class Cycle:
     def _reserve(self, job: Job, option: Option) -> None:
         """EASY: the first blocked job on these classes gets the date."""
         classes = {id(each) for each in option.classes}
-        if classes & self._patient or any(classes & each.classes for each in self.reservations.values()):
+        if classes & (self._patient | self.kept.covered()):
             return
         old = self.notes.reservations.get(job.id)
         # Where no date is known none is promised: other nodes may have become the better ones.
         undated = old is None or old.evicting or old.at == inf
-        if undated or old is None or not still_good(old, self.state, job, self.now, self._taken):
-            old = reserve(job, self.state, option.classes, self._promised(), self.now, self._fresh)
+        if undated or old is None or not still_good(old, self.state, job, self.now, self.kept.taken):
+            old = reserve(job, self.state, option.classes, self._promised(), self.now, self.kept.fresh)
         if old is None:
             return
         patient_until = job.submitted_at + self.state.policy.patience_s
@@ -442,47 +421,16 @@ class Cycle:
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
-        self.reservations[job.id] = reservation
         if self.first_blocked is None:
             self.first_blocked = job
         kept = job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units
         self._charge(*kept)
         self._kept_quota[job.id] = kept
-        self._hold(reservation)
-        self._fit_in_time = self._fitting_in_time() if self.holds else 0
-
-    def _hold(self, reservation: Reservation) -> None:
-        for node_id in reservation.need:
-            units = hold(reservation, node_id, self.state, self._taken.get(node_id, ()))
-            if units:
-                self.holds[node_id] = self.holds.get(node_id, 0) + units
-                self.state.capacity.keep_free(node_id, units)
-
-    def _lift(self) -> None:
-        """Take the holds away, for a moment."""
-        for node_id, units in self.holds.items():
-            self.state.capacity.keep_free(node_id, -units)
-        self.holds = {}
-
-    def _put_back(self) -> None:
-        """Hold again what is still needed."""
-        for reservation in self.reservations.values():
-            self._hold(reservation)
+        self.kept.keep(reservation)
+        self._fit_in_time = self._fitting_in_time() if self.kept.holds else 0
 
     def _promised(self) -> Promised:
-        return Promised(self._owed(), self.reservations.keys(), self._stopped)
-
-    def _owed(self) -> dict[str, int]:
-        """Units by node that reservations need beyond what is kept for them already."""
-        owed: dict[str, int] = {}
-        for reservation in self.reservations.values():
-            for node_id, units in reservation.need.items():
-                owed[node_id] = owed.get(node_id, 0) + units
-        return {
-            node_id: left
-            for node_id, units in owed.items()
-            if (left := units - self.holds.get(node_id, 0)) > 0
-        }
+        return self.kept.promised(self._stopped)
 
     def _in_time(self, turn: Turn, options: tuple[Option, ...]) -> bool:
         """Let jobs of the group that end before every reservation is due use what is kept for those.
@@ -499,8 +447,7 @@ class Cycle:
         candidates = list(self._short_enough(turn, options))
         if not candidates:
             return False
-        self._lift()
-        try:
+        with self.kept.lifted():
             for job, in_time in candidates:
                 admitted, no_place = self._admit_first(job, in_time)
                 if not admitted and len(in_time) == len(options):
@@ -508,14 +455,12 @@ class Cycle:
                     if no_place:
                         self._fit_in_time &= ~group.shape.bit
                     break
-        finally:
-            self._put_back()
         self._loosened |= len(self.admitted) > before
         return turn.job_id in self.admitted
 
     def _short_enough(self, turn: Turn, options: Sequence[Option]) -> Iterator[tuple[Job, list[Option]]]:
         """The jobs of the group that end before a reservation is due, with the options for which they do."""
-        dated = [(due, option) for option in options if (due := self._due(option)) > self.now]
+        dated = [(due, option) for option in options if (due := self.kept.due(option.classes)) > self.now]
         if not dated:
             return
         jobs = turn.group.jobs
@@ -524,18 +469,12 @@ class Cycle:
             self.bounds.add("backfill_depth")
         for index in range(turn.index, last):
             job = self.state.jobs[jobs[index][1]]
-            if job.id in self.admitted or job.id in self.reservations:
+            if job.id in self.admitted or job.id in self.kept.reservations:
                 continue
             end = end_if_started(job, self.state, self.now)
             in_time = [option for due, option in dated if end <= due]
             if in_time:
                 yield job, in_time
-
-    def _due(self, option: Option) -> float:
-        """When the first reservation on these classes is due; -inf where nobody knows."""
-        classes = class_ids(option.classes)
-        dates = [each.at for each in self.reservations.values() if each.classes & classes]
-        return -inf if inf in dates else min(dates, default=inf)
 
     # --- evictions -----------------------------------------------------------------------------------------
 
@@ -545,7 +484,7 @@ class Cycle:
             return None
         self._searches += 1
         if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self._owed(), self._stopped)
+            return self._outlast().evict(job, option.classes, self.kept.owed(), self._stopped)
         return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
 
     def _outlast(self) -> Outlast:
@@ -599,7 +538,7 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
-        counts = len(self.reservations), len(self.closed), len(self._patient)
+        counts = len(self.kept.reservations), len(self.closed), len(self._patient)
         if self._cover is None or self._cover[0] != counts:
             self._cover = counts, self._is_covered()
         return self._cover[1]
@@ -612,10 +551,7 @@ class Cycle:
             case Backfill.NONE:
                 return len(self.closed) >= len(classes)
             case Backfill.EASY:
-                covered: set[int] = set(self._patient)
-                for each in self.reservations.values():
-                    covered |= each.classes
-                return len(covered) >= sum(1 for key in classes if key.gpu_slots)
+                return len(self._patient | self.kept.covered()) >= sum(1 for key in classes if key.gpu_slots)
 
     def _fitting(self) -> int:
         """The bits of the shapes that may fit somewhere: an upper bound, so that nobody is missed."""
@@ -627,8 +563,7 @@ class Cycle:
 
     def _fitting_in_time(self) -> int:
         """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
-        last = max((each.at for each in self.reservations.values() if each.at != inf), default=self.now)
-        most_s = last - self.now - START_S
+        most_s = self.kept.last_date() - self.now - START_S
         if most_s <= 0:
             return 0
         predicted = self.state.policy.predicted_limits
@@ -638,10 +573,8 @@ class Cycle:
                 short |= shape.bit
         if not short:
             return 0
-        self._lift()
-        mask = self._fitting() & short
-        self._put_back()
-        return mask
+        with self.kept.lifted():
+            return self._fitting() & short
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota

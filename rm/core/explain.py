@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def reason_of(cycle: Cycle, job: Job) -> Reason:
     """The reason of a queued job. First match wins."""
-    reservation = cycle.reservations.get(job.id)
+    reservation = cycle.kept.reservations.get(job.id)
     if reservation is None:
         return _reason_of(cycle, job)
     # What is kept for the job itself is free as far as its own numbers go.
@@ -33,8 +33,8 @@ def reason_of(cycle: Cycle, job: Job) -> Reason:
     mark = capacity.mark()
     try:
         for node_id, units in reservation.need.items():
-            held = cycle.holds.get(node_id, 0)
-            alone = sum(node_id in each.need for each in cycle.reservations.values()) == 1
+            held = cycle.kept.holds.get(node_id, 0)
+            alone = sum(node_id in each.need for each in cycle.kept.reservations.values()) == 1
             capacity.keep_free(node_id, -(held if alone else min(units, held)))
         return _reason_of(cycle, job)
     finally:
@@ -143,7 +143,10 @@ def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
 
 
 def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
-    if any(cycle.within_quota(job, option) is not None for option in options) or job.id in cycle.reservations:
+    if (
+        any(cycle.within_quota(job, option) is not None for option in options)
+        or job.id in cycle.kept.reservations
+    ):
         return None
     books, rules = cycle.state.books, cycle.state.policy.queues[job.queue]
     units = job.gang.minimum * job.gang.bundle.gpu_units
@@ -178,7 +181,7 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
 
 def _coming(cycle: Cycle, job: Job) -> Reason | None:
     """GPUs are on their way back for it."""
-    reservation = cycle.reservations.get(job.id)
+    reservation = cycle.kept.reservations.get(job.id)
     if reservation is None or reservation.at > cycle.now:
         return None
     names = reservation.evicting or tuple(sorted(job_id for job_id, _ in reservation.counted))
@@ -194,20 +197,14 @@ def _coming(cycle: Cycle, job: Job) -> Reason | None:
 
 
 def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
-    if not cycle.holds or job.id in cycle.reservations:
+    if not cycle.kept.holds or job.id in cycle.kept.reservations:
         return None
-    capacity = cycle.state.capacity
-    mark = capacity.mark()
-    try:
-        for node_id, units in cycle.holds.items():
-            capacity.keep_free(node_id, -units)
+    with cycle.kept.lifted():
         fits = _fits_somewhere(cycle, job, options)
-    finally:
-        capacity.rollback(mark)
     if fits is None:
         return None
     owner = next(
-        (each for each in cycle.reservations.values() if any(node in each.need for node in fits)), None
+        (each for each in cycle.kept.reservations.values() if any(node in each.need for node in fits)), None
     )
     if owner is None:
         return None
@@ -281,10 +278,10 @@ def _behind(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     ahead = next((cycle.closed[each] for each in classes if each in cycle.closed), None)
     if ahead is None:
         first = cycle.first_blocked
-        held = None if first is None else cycle.reservations.get(first.id)
+        held = None if first is None else cycle.kept.reservations.get(first.id)
         if first is not None and (held is None or held.classes & classes):
             ahead = first
-    if ahead is None or ahead.id == job.id or job.id in cycle.reservations:
+    if ahead is None or ahead.id == job.id or job.id in cycle.kept.reservations:
         return None
     return Reason(
         reasons.PRIORITY,
@@ -299,7 +296,7 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     free = sum(each.free_units for each in classes)
     gang = job.gang.sized(job.gang.minimum)
     evidence: dict[str, Any] = _evidence(gang, free, _most_free(cycle, classes))
-    reservation = cycle.reservations.get(job.id)
+    reservation = cycle.kept.reservations.get(job.id)
     advice = "it starts as soon as running jobs release enough"
     if reservation is not None and reservation.at != inf:
         evidence["at"] = reservation.at
