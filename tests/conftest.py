@@ -27,11 +27,16 @@ os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
 
 
+LONG = ("acceptance", "test_scheduling_on_ray.py")
+"""What runs long on a shared cluster: on one of its own, beside the others."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: what shares a cluster stays in one worker; what starts a Ray of its own in the other."""
+    """For `--dist loadgroup`: what shares a cluster stays in one worker; what starts a Ray of its own in another."""
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            long = any(name in item.path.parts for name in LONG)
+            item.add_marker(pytest.mark.xdist_group("long" if long else "cluster"))
         elif item.get_closest_marker("own_ray"):
             item.add_marker(pytest.mark.xdist_group("alone"))
 
