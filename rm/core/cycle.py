@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import Self
 
@@ -41,20 +42,23 @@ from rm.core.explain import reason_of
 from rm.core.keeping import Kept
 from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
-from rm.core.order import Given, Line, Turn, queue_key
-from rm.core.outlast import LOOK_AGAIN_S, Outlast
+from rm.core.order import FairLine, Given, Line, RankedLine, Turn, queue_key
+from rm.core.outlast import LOOK_AGAIN_S
 from rm.core.pending import Group
-from rm.core.placement import feasible, may_fit, place_elastic
-from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
-from rm.core.preemption import Eviction, evict, in_transit
+from rm.core.placement import feasible, place_elastic
+from rm.core.policy import ANY, Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
+from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
+from rm.core.transit import Transit, fitting
 
-EVICTIONS_PER_CYCLE = 16
-"""Searches for victims in one cycle. Whoever is not reached waits for the next event."""
+KEPT_COMING = 16
+"""Jobs in one walk for which what is on its way back is kept, beyond those that would evict somebody else for it."""
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
+EVERY = -1
+"""The bits of all shapes."""
 FEW = 64
 """Admissions in one cycle up to which it pays to ask after each one what still fits."""
 BACKFILL_DEPTH = 100
@@ -76,6 +80,7 @@ class Notes:
         self.options = Options(state)
         self.reservations: dict[str, Reservation] = {}
         self.feasible: dict[tuple[str, Gang], tuple[int, bool]] = {}
+        self.failed: Failures = {}
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -124,16 +129,21 @@ class Cycle:
         """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
-        self._evictors: set[str] | None = None
-        self._victims: Outlast | None = None
-        self._no_victims: set[tuple[str, Gang]] = set()
+        failed = self.notes.failed
+        if for_readers:
+            failed = {queue: dict(known) for queue, known in failed.items()}
+        self._searches = Searches(state, now, self.notes.options, failed, self._wake_at)
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
-        self._searches = 0
-        self._cover: tuple[tuple[int, int, int], bool] | None = None
+        self._kept_coming = 0
+        self._kept_version = 0
+        """Grows whenever what is kept changes, or who is stopped."""
+        self._cover: tuple[int, bool] | None = None
+        self._coming: tuple[int, Transit] | None = None
+        """What is on its way back, as of a version of what is kept."""
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -149,6 +159,8 @@ class Cycle:
             self.state.books.quota.add(queue, kind, -units)
         if self.state.policy.order is Order.SHORTEST_FIRST and self.state.pending.groups:
             self._wake_at(self.now + LOOK_AGAIN_S)
+        elif self._searches.exhausted:
+            self._wake_at(self.now + AGAIN_S)
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
             self.state.wake_at = self._wake
@@ -185,6 +197,8 @@ class Cycle:
         for _ in range(MOST_PASSES):
             before, self._loosened = len(self.admitted), False
             self._pass(queues)
+            if self._searches.exhausted:
+                self.bounds.add("evictions_per_cycle")
             if len(self.admitted) == before or not (self.kept.holds or self.closed or self._loosened):
                 return
             self._start_over()
@@ -192,12 +206,12 @@ class Cycle:
 
     def _pass(self, queues: list[str]) -> None:
         """One walk. An admission can change who comes first, and so for whom GPUs should have been kept."""
-        self._fit = self._fitting()
+        self._fit = fitting(self.state)
         if self.state.policy.order is Order.FAIR:
             self._walk_queues(queues)
             return
-        groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self._given)
+        groups = chain.from_iterable(self.state.pending.groups[queue].values() for queue in queues)
+        line = RankedLine(groups, self._worth, self.state)
         while not self._finished() and self._serve(line):
             pass
 
@@ -215,22 +229,25 @@ class Cycle:
         self._hopeless.clear()
         self.first_blocked = None
         self._fit_in_time = 0
+        self._kept_coming = 0
+        self._kept_version += 1
 
     def _walk_queues(self, queues: list[str]) -> None:
         """Fair order: the queue that is first serves one job, then all queues are compared again."""
         state = self.state
-        lines: dict[str, Line] = {}
+        lines: dict[str, FairLine] = {}
         heap = [(self._queue_key(queue, None), queue) for queue in queues]
         heapq.heapify(heap)
         while heap and not self._finished():
             key, queue = heap[0]
             line = lines.get(queue)
             if line is None:
-                if not self._worth(state.pending.masks[queue], queue):
+                mask = self._worth(queue)
+                if not state.pending.masks[queue] & mask:
                     heapq.heappop(heap)
                     continue
-                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self._given)
-            turn = line.first()
+                line = lines[queue] = FairLine(queue, state.pending.lanes[queue].values(), mask, self._given)
+            turn = line.first(self._worth)
             if turn is None:
                 heapq.heappop(heap)
                 continue
@@ -244,10 +261,7 @@ class Cycle:
 
     def _serve(self, line: Line) -> bool:
         """Deal with the line's turns until one job was admitted or kept for. False at the end of the line."""
-        while (turn := line.first()) is not None:
-            if not self._worth(turn.group.shape.bit, turn.group.queue):
-                line.drop()
-                continue
+        while (turn := line.first(self._worth)) is not None:
             kept = len(self.kept.reservations)
             if self._try(turn) or self.kept.is_coming(turn.job_id):
                 line.served()  # the next of its group may ask for others
@@ -259,13 +273,19 @@ class Cycle:
 
     def _finished(self) -> bool:
         """Whether nobody further down could get anything."""
-        return self._covered() and not (self._fit or self._fit_in_time or self._may_evict())
-
-    def _worth(self, mask: int, queue: str) -> bool:
-        """Whether jobs of these shapes in this queue need to be looked at."""
-        return (
-            bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+        return self._covered() and not (
+            self._fit
+            or self._fit_in_time
+            or (self._kept_coming < KEPT_COMING and self._transit().may_do())
+            or self._searches.may_find()
         )
+
+    def _worth(self, queue: str) -> int:
+        """The bits of the shapes whose jobs need to be looked at in this queue."""
+        mask = self._fit | self._fit_in_time | self._searches.mask(queue)
+        if self._kept_coming < KEPT_COMING:
+            mask |= self._transit().mask(queue)
+        return mask if self._covered() else mask | self._may_hold(queue)
 
     def _try(self, turn: Turn) -> bool:
         """Steps 3 to 6 for one group's next job. True where it was admitted."""
@@ -278,7 +298,7 @@ class Cycle:
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
-                self._fit &= self._fitting()
+                self._fit &= fitting(self.state)
             return True
         if self._in_time(turn, options):
             return True
@@ -367,24 +387,24 @@ class Cycle:
         if job.id in self.kept.reservations:
             return
         may_hold = self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
-        for option in options if may_hold else ():
-            coming = in_transit(job, option.kind, state, option.classes, self._promised(), self.now)
+        bit = state.pending.shapes[job.gang].bit
+        evicts = may_hold and bool(bit & self._searches.mask(job.queue))
+        may_hold = may_hold and (evicts or self._kept_coming < KEPT_COMING)
+        if may_hold and bit & self._transit().mask(job.queue):
+            coming = self._transit().reserve(job, options)
             if coming is not None:
-                self._keep(job, option, coming)
+                self._kept_coming += 1
+                self._keep(job, *coming)
                 return
-        if may_hold and job.queue in self._who_evicts():
-            same = job.queue, job.gang
-            for option in options if same not in self._no_victims else ():
-                eviction = self._evict(job, option)
-                if eviction is not None:
-                    self._evicting.add(job.id)
-                    for victim, cause in eviction.victims:
-                        self._stopped[victim] = None
-                        self._events.append(StopRequested(self.now, victim, cause, job.id))
-                    self._keep(job, option, eviction.reservation)
-                    return
-            if self.state.policy.order is Order.SHORTEST_FIRST:
-                self._no_victims.add(same)  # whoever comes behind has a worse rank
+        for option in options if evicts else ():
+            eviction = self._searches.evict(job, option, self.kept, self._stopped)
+            if eviction is not None:
+                self._evicting.add(job.id)
+                for victim, cause in eviction.victims:
+                    self._stopped[victim] = None
+                    self._events.append(StopRequested(self.now, victim, cause, job.id))
+                self._keep(job, option, eviction.reservation)
+                return
         within = [option for option in options if self.within_quota(job, option) is not None]
         if not within:
             return
@@ -395,6 +415,7 @@ class Cycle:
                 for option in within:
                     for each in option.classes:
                         self.closed.setdefault(id(each), job)
+                self._kept_version += 1
             case Backfill.EASY:
                 self._reserve(job, within[0])
             case Backfill.SKIP:
@@ -415,6 +436,7 @@ class Cycle:
         patient_until = job.submitted_at + self.state.policy.patience_s
         if old.at == inf and self.now < patient_until:
             self._patient |= classes
+            self._kept_version += 1
             self._wake_at(patient_until)
             return
         self._keep(job, option, old)
@@ -427,6 +449,7 @@ class Cycle:
         self._charge(*kept)
         self._kept_quota[job.id] = kept
         self.kept.keep(reservation)
+        self._kept_version += 1
         self._fit_in_time = self._fitting_in_time() if self.kept.holds else 0
 
     def _promised(self) -> Promised:
@@ -476,58 +499,8 @@ class Cycle:
             if in_time:
                 yield job, in_time
 
-    # --- evictions -----------------------------------------------------------------------------------------
-
-    def _evict(self, job: Job, option: Option) -> Eviction | None:
-        if self._searches >= EVICTIONS_PER_CYCLE:
-            self.bounds.add("evictions_per_cycle")
-            return None
-        self._searches += 1
-        if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self.kept.owed(), self._stopped)
-        return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
-
-    def _outlast(self) -> Outlast:
-        if self._victims is None:
-            self._victims = Outlast(self.state, self.now)
-        return self._victims
-
     def _wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
-
-    def _may_evict(self) -> bool:
-        """Whether any waiting queue could have somebody evicted, as far as this cycle still searches."""
-        return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
-
-    def _who_evicts(self) -> set[str]:
-        """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
-        if self._evictors is None:
-            books, queues = self.state.books, self.state.policy.queues
-            borrowers: set[str] = set()
-            if books.quota.limited:
-                kinds = (*books.quota.kinds, ANY)
-                borrowers = {
-                    queue
-                    for queue in books.evictable
-                    if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
-                }
-            ranked = self.state.policy.order is Order.SHORTEST_FIRST and bool(books.evictable)
-            self._evictors = {
-                queue
-                for queue in self.state.pending.groups
-                if queue in queues and (ranked or books.elastic or self._evicts(queue, borrowers))
-            }
-        return self._evictors
-
-    def _evicts(self, queue: str, borrowers: set[str]) -> bool:
-        rules, evictable = self.state.policy.queues[queue], self.state.books.evictable
-        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
-            return True
-        if rules.preempt is Preempt.LOWER and queue in evictable:
-            lowest = min(evictable[queue])
-            groups = self.state.pending.groups[queue].values()
-            return any(self.state.jobs[group.jobs[0][1]].priority > lowest for group in groups)
-        return False
 
     # --- shortcuts -----------------------------------------------------------------------------------------
 
@@ -538,9 +511,9 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
-        counts = len(self.kept.reservations), len(self.closed), len(self._patient)
-        if self._cover is None or self._cover[0] != counts:
-            self._cover = counts, self._is_covered()
+        version = self._kept_version
+        if self._cover is None or self._cover[0] != version:
+            self._cover = version, self._is_covered()
         return self._cover[1]
 
     def _is_covered(self) -> bool:
@@ -553,13 +526,18 @@ class Cycle:
             case Backfill.EASY:
                 return len(self._patient | self.kept.covered()) >= sum(1 for key in classes if key.gpu_slots)
 
-    def _fitting(self) -> int:
-        """The bits of the shapes that may fit somewhere: an upper bound, so that nobody is missed."""
-        mask, capacity = 0, self.state.capacity
-        for shape in self.state.pending.shapes.values():
-            if may_fit(shape.gang, capacity.matching(shape.gang)):
-                mask |= shape.bit
-        return mask
+    def _transit(self) -> Transit:
+        if self._coming is None or self._coming[0] != self._kept_version:
+            self._coming = self._kept_version, Transit(self.state, self.now, self._promised())
+        return self._coming[1]
+
+    def _may_hold(self, queue: str) -> int:
+        """The bits of the shapes for which the queue has quota left, so that GPUs may be kept for them."""
+        quota = self.state.books.quota
+        if not quota.limited:
+            return EVERY
+        left = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
+        return self.state.pending.no_larger(left)
 
     def _fitting_in_time(self) -> int:
         """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
@@ -574,7 +552,7 @@ class Cycle:
         if not short:
             return 0
         with self.kept.lifted():
-            return self._fitting() & short
+            return fitting(self.state) & short
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota

@@ -2,12 +2,13 @@
 
 Backfill asks it of running jobs in the order of their ends, preemption of victims in the order of their loss. The
 question is put thousands of times, so a cheap bound is kept up to date with every change and only when that is
-met is the real placement tried.
+met is the real placement tried. For a gang of whole devices that may be cut anywhere the bound says it all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from rm.core.capacity import Capacity, NodeClass, copies_in
 from rm.core.model import Attempt, Gang, PlacedBundle, Strategy
@@ -34,7 +35,11 @@ class _Site:
 
 
 class Relief:
-    """The gang's prospects on `classes` while GPUs come back one attempt at a time."""
+    """The gang's prospects on `classes` while GPUs come back one attempt at a time.
+
+    As a context it keeps what it has tried on the index from one question to the next, and takes it back at the end;
+    nobody else may look at the index meanwhile.
+    """
 
     def __init__(
         self, gang: Gang, capacity: Capacity, classes: Sequence[NodeClass], owed: Mapping[str, int]
@@ -45,10 +50,25 @@ class Relief:
         self._keys = {id(each) for each in classes}
         self._owed = owed
         self._sites: dict[str, _Site] = {}
+        self._untried: set[str] = set()
+        """Sites that have changed since they were put on the index."""
+        self._mark: int | None = None
+        bundle = self._gang.bundle
+        plain = not bundle.cpu_milli and not bundle.memory_bytes
+        self._exact = plain and bundle.gpu_units >= GPU_UNIT and gang.strategy is Strategy.PACK
         gpus = max(1, gang.bundle.gpu_units // GPU_UNIT)
         self._total = sum(each.copies(gpus) for each in classes)
         self._nodes = sum(len(nodes) for each in classes for nodes in each.whole[gpus:])
         self._best = max((f // gpus for c in classes for f, nodes in enumerate(c.whole) if nodes), default=0)
+
+    def __enter__(self) -> Self:
+        self._mark = self._capacity.mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._mark is not None
+        self._capacity.rollback(self._mark)
+        self._mark = None
 
     def give(self, bundle: Bundle, attempt: Attempt) -> bool:
         """The attempt's bundles come back. True where any of it is on nodes that count here."""
@@ -57,6 +77,10 @@ class Relief:
     def take(self, bundle: Bundle, attempt: Attempt) -> None:
         """The inverse of `give`."""
         self._move(bundle, attempt.placed, -1)
+
+    def fits(self) -> bool:
+        """Whether the gang's minimum fits now."""
+        return self._may_fit() and (self._exact or self._real() is not None)
 
     def places(self) -> tuple[PlacedBundle, ...] | None:
         """Where the gang's minimum fits now, or None."""
@@ -69,6 +93,7 @@ class Relief:
             if site is None:
                 continue
             met = True
+            self._untried.add(each.node_id)
             before = site.copies
             site.devices = (site.devices.give if sign > 0 else site.devices.take_slots)(
                 each.slots, bundle.gpu_units
@@ -99,6 +124,7 @@ class Relief:
             self._total += site.copies - indexed
             self._nodes += bool(site.copies) - bool(indexed)
             self._sites[node_id] = site
+            self._untried.add(node_id)
         return site
 
     def _may_fit(self) -> bool:
@@ -113,20 +139,26 @@ class Relief:
         return self._total >= count
 
     def _real(self) -> tuple[PlacedBundle, ...] | None:
-        capacity = self._capacity
-        mark = capacity.mark()
+        if self._mark is not None:
+            return self._placed(self._untried)
+        mark = self._capacity.mark()
         try:
-            for node_id, site in self._sites.items():
-                node = capacity[node_id]
-                capacity.replace(
-                    replace(
-                        node,
-                        devices=site.devices,
-                        cpu_free_milli=site.cpu_milli + node.foreign_cpu_milli,
-                        memory_free_bytes=site.memory_bytes + node.foreign_memory_bytes,
-                        foreign_units=site.owed,
-                    )
-                )
-            return place(self._gang, capacity, self._classes)
+            return self._placed(set(self._sites))
         finally:
-            capacity.rollback(mark)
+            self._capacity.rollback(mark)
+
+    def _placed(self, node_ids: set[str]) -> tuple[PlacedBundle, ...] | None:
+        """Put these sites on the index and ask it."""
+        for node_id in node_ids:
+            node, site = self._capacity[node_id], self._sites[node_id]
+            self._capacity.replace(
+                replace(
+                    node,
+                    devices=site.devices,
+                    cpu_free_milli=site.cpu_milli + node.foreign_cpu_milli,
+                    memory_free_bytes=site.memory_bytes + node.foreign_memory_bytes,
+                    foreign_units=site.owed,
+                )
+            )
+        self._untried = set()
+        return place(self._gang, self._capacity, self._classes)

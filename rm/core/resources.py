@@ -102,9 +102,8 @@ class Devices:
         whole GPU that a stranger shares.
         """
         changed = list(self.free)
-        while units > 0:
-            slot = max(range(len(changed)), key=changed.__getitem__, default=None)
-            if slot is None or changed[slot] == 0:
+        for slot in sorted(range(len(changed)), key=changed.__getitem__, reverse=True):
+            if units <= 0:
                 break
             taken = min(units, changed[slot])
             changed[slot] -= taken

@@ -1,0 +1,200 @@
+"""Which waiting jobs are worth a search for victims, and how many searches a cycle makes.
+
+A search reads every attempt that may be stopped, so it must not be made in vain. Three bounds, from cheap to dear:
+a bit per shape for what each queue has a right to take at all; what is known of earlier searches, which failed and
+will fail again until GPUs change hands; and two bounds on what one cycle searches. Whoever is not reached waits for
+the next cycle, where those that failed before him are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+from rm.core.keeping import Kept
+from rm.core.model import Gang, Job
+from rm.core.options import Option, Options
+from rm.core.outlast import Outlast
+from rm.core.policy import ANY, Order, Preempt, Reclaim
+from rm.core.preemption import Eviction, Victims
+from rm.core.state import ClusterState
+
+SEARCHES = 16
+"""In one cycle."""
+LOOKS = 2_000
+"""Attempts that the searches of one cycle consider together."""
+REMEMBERED = 1_000
+"""Searches of one queue that failed; beyond that all are forgotten."""
+AGAIN_S = 1.0
+"""How long a search that failed is not repeated, whatever happens: on a large cluster something always does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A search without success. The next one is in vain until GPUs change hands, or `spared_until` is over."""
+
+    at: float
+    moves: int
+    spared_until: float
+
+
+Search = tuple[Gang, int, str]
+"""(gang, priority, kind): what decides, in one queue, whether victims are found."""
+Failures = dict[str, dict[Search, Failed]]
+"""By queue."""
+
+
+class Searches:
+    """The searches of one cycle. `failed`: what earlier cycles know, kept up to date here."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        now: float,
+        options: Options,
+        failed: Failures,
+        wake: Callable[[float], None],
+    ) -> None:
+        self._state = state
+        self._options = options
+        self._now = now
+        self._failed = failed
+        self._wake = wake
+        self._spared_until = inf
+        self._ranked = state.policy.order is Order.SHORTEST_FIRST
+        self._victims = Victims(state, now, self._spare)
+        self._outlast: Outlast | None = None
+        self._made = 0
+        self._masks: dict[str, int] | None = None
+        self._in_vain: set[tuple[str, Gang, str]] = set()
+        """With `shortest_first`: whoever comes behind has a worse rank."""
+        self._elastic: set[str] | None = None
+        self._vain: dict[str, int] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this cycle searches no more."""
+        return self._made >= SEARCHES or self._victims.looked >= LOOKS
+
+    def may_find(self) -> bool:
+        """Whether anybody might still find victims."""
+        return not self.exhausted and bool(self._all_masks())
+
+    def mask(self, queue: str) -> int:
+        """The bits of the shapes whose jobs might have somebody evicted. Never leaves one out that could."""
+        return 0 if self.exhausted else self._all_masks().get(queue, 0) & ~self._in_vain_for(queue)
+
+    def evict(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
+        """The victims for `job` on one option, or None where there are none or the search is not worth it."""
+        if self._ranked:
+            return self._by_rank(job, option, kept, stopped)
+        search = job.gang, job.priority if self._by_priority(job.queue) else 0, option.kind
+        failures = self._failed.setdefault(job.queue, {})
+        failed = failures.get(search)
+        if failed is not None and self._fails_again(failed) and job.queue not in self._elastic_queues():
+            return None
+        self._made += 1
+        self._spared_until = inf
+        found = self._victims.evict(job, option.kind, option.classes, kept.promised(stopped))
+        if found is None:
+            if len(failures) >= REMEMBERED:
+                failures.clear()
+            failures[search] = Failed(self._now, self._state.books.moves, self._spared_until)
+            self._vain.pop(job.queue, None)
+        return found
+
+    def _by_rank(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
+        same = job.queue, job.gang, option.kind
+        if same in self._in_vain:
+            return None
+        self._made += 1
+        if self._outlast is None:
+            self._outlast = Outlast(self._state, self._now)
+        found = self._outlast.evict(job, option.classes, kept.owed(), stopped)
+        if found is None:
+            self._in_vain.add(same)
+        return found
+
+    def _in_vain_for(self, queue: str) -> int:
+        """The bits of the shapes that are known to find nobody, whoever of the queue asks."""
+        known = self._vain.get(queue)
+        if known is None:
+            known = 0
+            # Who may shrink an elastic gang depends on the owners, and who may evict may depend on the priority.
+            if not self._ranked and not self._by_priority(queue) and queue not in self._elastic_queues():
+                kinds: dict[Gang, int] = {}
+                for (gang, _, _), failed in self._failed.get(queue, {}).items():
+                    if self._fails_again(failed):
+                        kinds[gang] = kinds.get(gang, 0) + 1
+                for gang, count in kinds.items():
+                    shape = self._state.pending.shapes.get(gang)
+                    if shape is not None and count >= len(self._options.of(queue, gang)):
+                        known |= shape.bit
+            self._vain[queue] = known
+        return known
+
+    def _by_priority(self, queue: str) -> bool:
+        rules = self._state.policy.queues[queue]
+        return rules.preempt is Preempt.LOWER or rules.reclaim is Reclaim.LOWER
+
+    def _fails_again(self, failed: Failed) -> bool:
+        """Also asks for a cycle at the time when that may have changed."""
+        if failed.moves == self._state.books.moves:
+            if failed.spared_until < inf:
+                self._wake(failed.spared_until)
+            return self._now < failed.spared_until
+        if self._now < failed.at + AGAIN_S:
+            self._wake(failed.at + AGAIN_S)
+            return True
+        return False
+
+    def _spare(self, until: float) -> None:
+        self._spared_until = min(self._spared_until, until)
+        self._wake(until)
+
+    def _all_masks(self) -> dict[str, int]:
+        """By queue, as things were when the cycle began: during a cycle rights only get fewer."""
+        if self._masks is None:
+            borrowers = self._borrowers()
+            masks = {queue: self._rights(queue, borrowers) for queue in self._state.pending.groups}
+            self._masks = {queue: mask for queue, mask in masks.items() if mask}
+        return self._masks
+
+    def _rights(self, queue: str, borrowers: set[str]) -> int:
+        state = self._state
+        rules = state.policy.queues.get(queue)
+        if rules is None:
+            return 0
+        every = state.pending.masks[queue]
+        evictable = state.books.evictable
+        if (self._ranked and evictable) or queue in self._elastic_queues():
+            return every
+        mask = 0
+        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
+            quota = state.books.quota
+            units = max(quota.most_within(queue, kind) for kind in (*quota.kinds, ANY))
+            mask |= state.pending.no_larger(units)
+        if rules.preempt is Preempt.LOWER and queue in evictable:
+            lowest = min(evictable[queue])
+            for lane in state.pending.lanes[queue].values():
+                if lane.priority > lowest:
+                    mask |= lane.mask
+        return mask & every
+
+    def _borrowers(self) -> set[str]:
+        books, queues = self._state.books, self._state.policy.queues
+        if not books.quota.limited:
+            return set()
+        kinds = (*books.quota.kinds, ANY)
+        return {
+            queue
+            for queue in books.evictable
+            if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
+        }
+
+    def _elastic_queues(self) -> set[str]:
+        """Queues in which somebody holds more than its minimum."""
+        if self._elastic is None:
+            self._elastic = {self._state.jobs[job_id].queue for job_id in self._state.books.elastic}
+        return self._elastic
