@@ -94,7 +94,7 @@ def in_transit(
         return None
     evicted = tuple(each.id for each in back if _attempt(each).stop_by == job.id)
     counted = frozenset((each.id, each.attempts) for each in (back if short else met))
-    return Reservation(job.id, now, needs(job, places), class_ids(classes), counted, evicted)
+    return Reservation(job.id, now, needs(job.gang.bundle, places), class_ids(classes), counted, evicted)
 
 
 def evict(
@@ -172,7 +172,7 @@ def evict(
             causes[each.job.id] = StopCause.PREEMPTED
     gone = {*causes, *(other.id for other in on_their_way)}
     counted = frozenset((each, state.jobs[each].attempts) for each in gone)
-    need = needs(job, places)
+    need = needs(job.gang.bundle, places)
     reservation = Reservation(job.id, now, need, class_ids(classes), counted, tuple(causes))
     return Eviction(reservation, tuple(causes.items()))
 
