@@ -12,12 +12,13 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rm.core import reasons
+from rm.core.backfill import Reservation
 from rm.core.capacity import NodeClass, usable
 from rm.core.model import Gang, Job
 from rm.core.options import Option
 from rm.core.placement import feasible, place
 from rm.core.reasons import Reason
-from rm.core.resources import GPU_UNIT, Bundle, gpu_count, gpus_in_words
+from rm.core.resources import GPU_UNIT, NOTHING, Bundle, gpu_count, gpus_in_words
 
 if TYPE_CHECKING:
     from rm.core.cycle import Cycle
@@ -32,13 +33,24 @@ def reason_of(cycle: Cycle, job: Job) -> Reason:
     capacity = cycle.state.capacity
     mark = capacity.mark()
     try:
-        for node_id, units in reservation.need.items():
-            held = cycle.kept.holds.get(node_id, 0)
+        for node_id, need in reservation.need.items():
+            held = cycle.kept.holds.get(node_id, NOTHING)
             alone = sum(node_id in each.need for each in cycle.kept.reservations.values()) == 1
-            capacity.keep_free(node_id, -(held if alone else min(units, held)))
-        return _reason_of(cycle, job)
+            capacity.keep_free(node_id, -(held if alone else held.at_most(need)))
+        return _dated(_reason_of(cycle, job), reservation, cycle.now)
     finally:
         capacity.rollback(mark)
+
+
+def _dated(reason: Reason, reservation: Reservation, now: float) -> Reason:
+    """With the date that the job was promised, where it lies ahead."""
+    if not now < reservation.at < inf:
+        return reason
+    return replace(
+        reason,
+        evidence={**reason.evidence, "at": reservation.at},
+        advice=f"it starts in {reservation.at - now:.0f} s at the latest, by the time limits of others",
+    )
 
 
 def _reason_of(cycle: Cycle, job: Job) -> Reason:
@@ -203,6 +215,8 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
         fits = _fits_somewhere(cycle, job, options)
     if fits is None:
         return None
+    bare = replace(job, gang=replace(job.gang, bundle=Bundle(job.gang.bundle.gpu_units)))
+    what = "GPUs" if _fits_somewhere(cycle, bare, options) is None else "CPUs and memory"
     owner = next(
         (each for each in cycle.kept.reservations.values() if any(node in each.need for node in fits)), None
     )
@@ -222,8 +236,8 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
     )
     return Reason(
         reasons.RESERVED,
-        f"free GPUs are kept for {owner.job_id}, which comes first and is due {when}",
-        {"for": owner.job_id, "at": at, **({"bound": bound} if bound else {})},
+        f"free {what} are kept for {owner.job_id}, which comes first and is due {when}",
+        {"for": owner.job_id, "at": at, "kept": what, **({"bound": bound} if bound else {})},
         advice,
     )
 
@@ -295,18 +309,11 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     classes = _classes(options)
     free = sum(each.free_units for each in classes)
     gang = job.gang.sized(job.gang.minimum)
-    evidence: dict[str, Any] = _evidence(gang, free, _most_free(cycle, classes))
-    reservation = cycle.kept.reservations.get(job.id)
-    advice = "it starts as soon as running jobs release enough"
-    if reservation is not None and reservation.at != inf:
-        evidence["at"] = reservation.at
-        wait_s = max(0.0, reservation.at - cycle.now)
-        advice = f"it starts in {wait_s:.0f} s at the latest, by the time limits of others"
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
         f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
-        evidence,
-        advice,
+        _evidence(gang, free, _most_free(cycle, classes)),
+        "it starts as soon as running jobs release enough",
     )
 
 

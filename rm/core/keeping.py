@@ -1,7 +1,8 @@
 """What the running cycle keeps free, and for whom.
 
-A reservation names what a job needs and when (`backfill`). What of it is free already is *held*: it is unavailable to
-everybody behind, by the same means by which strangers' GPUs are. What is not free yet is *owed*. Jobs that end before
+A reservation names what a job needs and when (`backfill`): GPUs, and the CPUs and memory beside them. What of it is
+free already is *held*: it is unavailable to everybody behind, by the same means by which what strangers have is. What
+is not free yet is *owed*. Jobs that end before
 the reservations are due may look at the nodes with the holds lifted.
 """
 
@@ -14,6 +15,7 @@ from math import inf
 from rm.core.backfill import Promised, Reservation, Taken, class_ids, end_if_started, hold
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, PlacedBundle
+from rm.core.resources import NOTHING, Amount
 from rm.core.state import ClusterState
 
 
@@ -24,8 +26,8 @@ class Kept:
         self._state = state
         self._now = now
         self.reservations: dict[str, Reservation] = {}
-        self.holds: dict[str, int] = {}
-        """Units by node that are free and kept."""
+        self.holds: dict[str, Amount] = {}
+        """By node, what is free and kept."""
         self.taken: dict[str, list[Taken]] = {}
         """By node, what the cycle has given away: the books don't know of it yet."""
         self.fresh: list[tuple[float, Job, Attempt]] = []
@@ -47,7 +49,7 @@ class Kept:
         end = end_if_started(job, self._state, self._now)
         attempt = Attempt(job.attempts + 1, places, Phase.RESERVING, self._now)
         for each in places:
-            taken = Taken((job.id, attempt.number), each.slots, job.gang.bundle.gpu_units, end)
+            taken = Taken((job.id, attempt.number), each.slots, job.gang.bundle, end)
             self.taken.setdefault(each.node_id, []).append(taken)
         self.fresh.append((end, job, attempt))
         touched = any(each.node_id in self.holds for each in places)
@@ -59,8 +61,8 @@ class Kept:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The nodes without holds, for a moment. Afterwards what is still needed is held."""
-        for node_id, units in self.holds.items():
-            self._state.capacity.keep_free(node_id, -units)
+        for node_id, held in self.holds.items():
+            self._state.capacity.keep_free(node_id, -held)
         self.holds = {}
         try:
             yield
@@ -72,16 +74,16 @@ class Kept:
         """What whoever asks next must not plan with. `stopped`: whom the cycle has told to stop."""
         return Promised(self.owed(), self.reservations.keys(), stopped)
 
-    def owed(self) -> dict[str, int]:
-        """Units by node that reservations need beyond what is kept for them already."""
-        owed: dict[str, int] = {}
+    def owed(self) -> dict[str, Amount]:
+        """By node, what reservations need beyond what is kept for them already."""
+        owed: dict[str, Amount] = {}
         for reservation in self.reservations.values():
-            for node_id, units in reservation.need.items():
-                owed[node_id] = owed.get(node_id, 0) + units
+            for node_id, need in reservation.need.items():
+                owed[node_id] = owed[node_id] + need if node_id in owed else need
         return {
             node_id: left
-            for node_id, units in owed.items()
-            if (left := units - self.holds.get(node_id, 0)) > 0
+            for node_id, need in owed.items()
+            if (left := need.beyond(self.holds.get(node_id, NOTHING)))
         }
 
     def covered(self) -> set[int]:
@@ -105,7 +107,7 @@ class Kept:
 
     def _hold(self, reservation: Reservation) -> None:
         for node_id in reservation.need:
-            units = hold(reservation, node_id, self._state, self.taken.get(node_id, ()))
-            if units:
-                self.holds[node_id] = self.holds.get(node_id, 0) + units
-                self._state.capacity.keep_free(node_id, units)
+            held = hold(reservation, node_id, self._state, self.taken.get(node_id, ()))
+            if held:
+                self.holds[node_id] = self.holds.get(node_id, NOTHING) + held
+                self._state.capacity.keep_free(node_id, held)

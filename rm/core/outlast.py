@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rm.core.backfill import Reservation, class_ids
-from rm.core.capacity import NodeClass, usable
-from rm.core.model import Attempt, Job, StopCause
+from rm.core.capacity import NodeClass, copies_in, usable
+from rm.core.model import Attempt, Job, Node, StopCause
 from rm.core.preemption import AT_ONCE_S, Eviction
-from rm.core.resources import GPU_UNIT
+from rm.core.resources import GPU_UNIT, Amount, Bundle, Devices
 from rm.core.state import ClusterState
 
 GAIN = 8.0
@@ -45,6 +45,7 @@ class _Victim:
     rank_s: float
     cost_s: float
     gpus: float
+    held: Amount
 
     @property
     def score(self) -> float:
@@ -94,14 +95,15 @@ class Outlast:
         for job, attempt, lost_s in candidates:
             ran_s = self._now - (attempt.started_at or self._now)
             rank_s = self._state.remaining.rank(job, job.ran_s + ran_s)
-            victim = _Victim(job, rank_s, RESTART_S + lost_s, job.held_units / GPU_UNIT)
+            held = Amount.of(job.gang.bundle, len(attempt.placed))
+            victim = _Victim(job, rank_s, RESTART_S + lost_s, held.gpu_units / GPU_UNIT, held)
             by_node.setdefault(attempt.placed[0].node_id, []).append(victim)
         for victims in by_node.values():
             victims.sort(key=lambda each: -each.score)
         return by_node
 
     def evict(
-        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
+        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, Amount], stopped: Collection[str]
     ) -> Eviction | None:
         """The cheapest victims for `job`, or None where stopping anybody does not pay."""
         aged = waited_long(job, self._now, self._state)
@@ -115,58 +117,64 @@ class Outlast:
         return self._on_whole_nodes(mine, classes, owed, stopped)
 
     def _on_one_node(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, Amount], stopped: Collection[str]
     ) -> Eviction | None:
         job = mine.job
-        capacity, need = self._state.capacity, job.gang.bundle.gpu_units
+        capacity, bundle = self._state.capacity, job.gang.bundle
         ids = class_ids(classes)
         best: tuple[float, str, list[_Victim]] | None = None
         for node_id, victims in self._victims(mine.aged).items():
             if node_id not in capacity or id(capacity.class_of(node_id)) not in ids:
                 continue
             node = capacity[node_id]
-            if node.gpu_slots * GPU_UNIT < need:
+            if node.gpu_slots * GPU_UNIT < bundle.gpu_units:
                 continue
-            free = usable(node).free.count(GPU_UNIT) * GPU_UNIT - owed.get(node_id, 0)
+            free = _free(node, usable(node))
+            if node_id in owed:
+                free -= owed[node_id]
             chosen: list[_Victim] = []
             for each in victims:
-                if free >= need:
+                if free.holds(bundle):
                     break
                 if each.job.id not in stopped and self._may_stop(mine, each):
                     chosen.append(each)
-                    free += each.job.held_units
-            if free < need:
+                    free += each.held
+            if not free.holds(bundle):
                 continue
             for each in list(reversed(chosen)):
-                if free - each.job.held_units >= need:
+                if (free - each.held).holds(bundle):
                     chosen.remove(each)
-                    free -= each.job.held_units
+                    free -= each.held
             cost = sum(each.cost_s * each.gpus for each in chosen)
             if (best is None or cost < best[0]) and _pays(mine, chosen):
                 best = cost, node_id, chosen
         if best is None or not best[2]:
             return None
-        return self._eviction(job, classes, {best[1]: need}, best[2])
+        return self._eviction(job, classes, {best[1]: Amount.of(bundle)}, best[2])
 
     def _on_whole_nodes(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
+        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, Amount], stopped: Collection[str]
     ) -> Eviction | None:
         """A gang of several nodes: those that are cheapest to empty."""
         job, by_node = mine.job, self._victims(mine.aged)
         capacity = self._state.capacity
         offers: list[tuple[float, int, str, list[_Victim]]] = []
-        units = job.gang.bundle.gpu_units
+        bundle = job.gang.bundle
+        plain = not bundle.cpu_milli and not bundle.memory_bytes
         for group in classes:
-            per_node = group.key.gpu_slots * GPU_UNIT // units
+            per_node = group.key.gpu_slots * GPU_UNIT // bundle.gpu_units
             if not per_node:
                 continue
             for free, bucket in enumerate(group.whole):
                 for number in bucket:
                     node = capacity.node_numbered(number)
-                    if owed.get(node.id):
+                    if node.id in owed:
+                        continue
+                    fits = per_node if plain else _copies_when_empty(node, bundle)
+                    if not fits:
                         continue
                     if free == group.key.gpu_slots:
-                        offers.append((0.0, per_node, node.id, []))
+                        offers.append((0.0, fits, node.id, []))
                         continue
                     here = [
                         each
@@ -175,18 +183,16 @@ class Outlast:
                     ]
                     freed = sum(each.job.held_units for each in here)
                     if free * GPU_UNIT + freed >= group.key.gpu_slots * GPU_UNIT:
-                        offers.append(
-                            (sum(each.cost_s * each.gpus for each in here), per_node, node.id, here)
-                        )
+                        offers.append((sum(each.cost_s * each.gpus for each in here), fits, node.id, here))
         offers.sort(key=lambda each: (each[0], each[2]))
-        need: dict[str, int] = {}
+        need: dict[str, Amount] = {}
         chosen: list[_Victim] = []
         missing = job.gang.minimum
-        for _, per_node, node_id, victims in offers:
+        for _, fits, node_id, victims in offers:
             if missing <= 0:
                 break
-            here_count = min(missing, per_node)
-            need[node_id] = here_count * units
+            here_count = min(missing, fits)
+            need[node_id] = Amount.of(bundle, here_count)
             chosen += victims
             missing -= here_count
         if missing > 0 or not chosen or not _pays(mine, chosen):
@@ -212,13 +218,33 @@ class Outlast:
         return self._now - started >= spare_s and self._now >= attempt.admitted_at + AT_ONCE_S
 
     def _eviction(
-        self, job: Job, classes: Sequence[NodeClass], need: dict[str, int], victims: list[_Victim]
+        self, job: Job, classes: Sequence[NodeClass], need: dict[str, Amount], victims: list[_Victim]
     ) -> Eviction:
         ids = tuple(each.job.id for each in victims)
         gone = {*ids, *self._state.books.ending}
         counted = frozenset((each, self._state.jobs[each].attempts) for each in gone)
         reservation = Reservation(job.id, self._now, need, class_ids(classes), counted, ids)
         return Eviction(reservation, tuple((each, StopCause.PREEMPTED) for each in ids))
+
+
+def _free(node: Node, devices: Devices) -> Amount:
+    """What whole devices, CPUs and memory are free on the node."""
+    return Amount(
+        devices.free.count(GPU_UNIT) * GPU_UNIT,
+        node.cpu_free_milli - node.foreign_cpu_milli,
+        node.memory_free_bytes - node.foreign_memory_bytes,
+    )
+
+
+def _copies_when_empty(node: Node, bundle: Bundle) -> int:
+    """How many bundles fit on the node beside what strangers have there."""
+    devices = Devices.whole(node.gpu_slots)
+    return copies_in(
+        bundle,
+        devices,
+        node.cpu_milli - node.foreign_cpu_milli,
+        node.memory_bytes - node.foreign_memory_bytes,
+    )
 
 
 def _pays(mine: _Claim, victims: list[_Victim]) -> bool:

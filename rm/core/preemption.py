@@ -165,7 +165,7 @@ class Victims:
                 causes[each.job.id] = StopCause.PREEMPTED
         gone = {*causes, *(other.id for other in on_their_way)}
         counted = frozenset((each, state.jobs[each].attempts) for each in gone)
-        need = needs(job, places)
+        need = needs(job.gang.bundle, places)
         reservation = Reservation(job.id, self._now, need, class_ids(classes), counted, tuple(causes))
         return Eviction(reservation, tuple(causes.items()))
 

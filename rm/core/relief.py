@@ -10,28 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from rm.core.capacity import Capacity, NodeClass, copies_in
+from rm.core.capacity import Capacity, NodeClass, copies_in, foreign
 from rm.core.model import Attempt, Gang, PlacedBundle, Strategy
 from rm.core.placement import place
 from rm.core.records import replace
-from rm.core.resources import GPU_UNIT, Bundle, Devices
+from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, Devices
 
 
 class _Site:
-    """One node with what came back there so far. `owed`: units of it that somebody else is waiting for."""
+    """One node with what came back there so far. `others`: what of it is not for us: held, kept, or waited for."""
 
-    __slots__ = ("copies", "cpu_milli", "devices", "memory_bytes", "owed")
+    __slots__ = ("copies", "cpu_milli", "devices", "memory_bytes", "others")
 
-    def __init__(self, devices: Devices, cpu_milli: int, memory_bytes: int, owed: int) -> None:
+    def __init__(self, devices: Devices, cpu_milli: int, memory_bytes: int, others: Amount) -> None:
         self.devices = devices
         self.cpu_milli = cpu_milli
         self.memory_bytes = memory_bytes
-        self.owed = owed
+        self.others = others
         self.copies = 0
 
     def count(self, bundle: Bundle) -> int:
-        free = self.devices.without_foreign(self.owed) if self.owed else self.devices
-        return copies_in(bundle, free, self.cpu_milli, self.memory_bytes)
+        others = self.others
+        free = self.devices.without_foreign(others.gpu_units) if others.gpu_units else self.devices
+        return copies_in(
+            bundle, free, self.cpu_milli - others.cpu_milli, self.memory_bytes - others.memory_bytes
+        )
 
 
 class Relief:
@@ -42,7 +45,7 @@ class Relief:
     """
 
     def __init__(
-        self, gang: Gang, capacity: Capacity, classes: Sequence[NodeClass], owed: Mapping[str, int]
+        self, gang: Gang, capacity: Capacity, classes: Sequence[NodeClass], owed: Mapping[str, Amount]
     ) -> None:
         self._gang = gang.sized(gang.minimum)
         self._capacity = capacity
@@ -56,6 +59,8 @@ class Relief:
         bundle = self._gang.bundle
         plain = not bundle.cpu_milli and not bundle.memory_bytes
         self._exact = plain and bundle.gpu_units >= GPU_UNIT and gang.strategy is Strategy.PACK
+        self._in_vain = False
+        """Whether the gang was placed in vain, and no more of its bundles fit anywhere since."""
         gpus = max(1, gang.bundle.gpu_units // GPU_UNIT)
         self._total = sum(each.copies(gpus) for each in classes)
         self._nodes = sum(len(nodes) for each in classes for nodes in each.whole[gpus:])
@@ -80,11 +85,15 @@ class Relief:
 
     def fits(self) -> bool:
         """Whether the gang's minimum fits now."""
-        return self._may_fit() and (self._exact or self._real() is not None)
+        return self._may_fit() if self._exact else self.places() is not None
 
     def places(self) -> tuple[PlacedBundle, ...] | None:
         """Where the gang's minimum fits now, or None."""
-        return self._real() if self._may_fit() else None
+        if self._in_vain or not self._may_fit():
+            return None
+        found = self._real()
+        self._in_vain = found is None
+        return found
 
     def _move(self, bundle: Bundle, placed: Sequence[PlacedBundle], sign: int) -> bool:
         met = False
@@ -101,6 +110,8 @@ class Relief:
             site.cpu_milli += sign * bundle.cpu_milli
             site.memory_bytes += sign * bundle.memory_bytes
             site.copies = site.count(self._gang.bundle)
+            if site.copies > before:
+                self._in_vain = False
             self._total += site.copies - before
             self._nodes += bool(site.copies) - bool(before)
             self._best = max(self._best, site.copies)
@@ -114,10 +125,9 @@ class Relief:
             node = self._capacity[node_id]
             site = _Site(
                 node.devices,
-                node.cpu_free_milli - node.foreign_cpu_milli,
-                node.memory_free_bytes - node.foreign_memory_bytes,
-                # What strangers hold, and what is kept free for others, is in foreign_units during a trial.
-                node.foreign_units + self._owed.get(node_id, 0),
+                node.cpu_free_milli,
+                node.memory_free_bytes,
+                foreign(node) + self._owed.get(node_id, NOTHING),
             )
             site.copies = site.count(self._gang.bundle)
             indexed = self._capacity.copies_on(node, self._gang.bundle)
@@ -155,9 +165,11 @@ class Relief:
                 replace(
                     node,
                     devices=site.devices,
-                    cpu_free_milli=site.cpu_milli + node.foreign_cpu_milli,
-                    memory_free_bytes=site.memory_bytes + node.foreign_memory_bytes,
-                    foreign_units=site.owed,
+                    cpu_free_milli=site.cpu_milli,
+                    memory_free_bytes=site.memory_bytes,
+                    foreign_units=site.others.gpu_units,
+                    foreign_cpu_milli=site.others.cpu_milli,
+                    foreign_memory_bytes=site.others.memory_bytes,
                 )
             )
         self._untried = set()

@@ -41,6 +41,70 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """So much of one node: GPUs, CPUs and memory together, so that no rule can forget one of them.
+
+    A difference may be negative in some part. False where there is nothing of anything.
+    """
+
+    gpu_units: int = 0
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, bundle: Bundle, count: int = 1) -> Amount:
+        """What `count` such bundles take."""
+        return cls(bundle.gpu_units * count, bundle.cpu_milli * count, bundle.memory_bytes * count)
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.gpu_units + other.gpu_units,
+            self.cpu_milli + other.cpu_milli,
+            self.memory_bytes + other.memory_bytes,
+        )
+
+    def __sub__(self, other: Amount) -> Amount:
+        return Amount(
+            self.gpu_units - other.gpu_units,
+            self.cpu_milli - other.cpu_milli,
+            self.memory_bytes - other.memory_bytes,
+        )
+
+    def __neg__(self) -> Amount:
+        return NOTHING - self
+
+    def __bool__(self) -> bool:
+        return bool(self.gpu_units or self.cpu_milli or self.memory_bytes)
+
+    def holds(self, bundle: Bundle) -> bool:
+        """Whether the bundle fits, as far as amounts tell. What it does not ask for may be short."""
+        return (
+            self.gpu_units >= bundle.gpu_units
+            and (self.cpu_milli >= bundle.cpu_milli or not bundle.cpu_milli)
+            and (self.memory_bytes >= bundle.memory_bytes or not bundle.memory_bytes)
+        )
+
+    def at_most(self, other: Amount) -> Amount:
+        """Of each the smaller."""
+        return Amount(
+            min(self.gpu_units, other.gpu_units),
+            min(self.cpu_milli, other.cpu_milli),
+            min(self.memory_bytes, other.memory_bytes),
+        )
+
+    def beyond(self, other: Amount) -> Amount:
+        """What is missing where there is only `other`: never negative."""
+        return Amount(
+            max(0, self.gpu_units - other.gpu_units),
+            max(0, self.cpu_milli - other.cpu_milli),
+            max(0, self.memory_bytes - other.memory_bytes),
+        )
+
+
+NOTHING = Amount()
+
+
+@dataclass(frozen=True, slots=True)
 class Devices:
     """The free units of each GPU of one node, by slot.
 

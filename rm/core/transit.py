@@ -85,7 +85,9 @@ class Transit:
         evicted = tuple(each.id for each in back if attempt_of(each).stop_by == job.id)
         counted = frozenset((each.id, each.attempts) for each in (back if short else met))
         return (
-            Reservation(job.id, self._now, needs(job, places), class_ids(option.classes), counted, evicted),
+            Reservation(
+                job.id, self._now, needs(job.gang.bundle, places), class_ids(option.classes), counted, evicted
+            ),
             False,
         )
 
@@ -106,9 +108,9 @@ class Transit:
     def _fitting(self) -> int:
         capacity = self._state.capacity
         mark = capacity.mark()
-        for node_id, units in self._promised.owed.items():
+        for node_id, owed in self._promised.owed.items():
             if node_id in capacity:
-                capacity.keep_free(node_id, units)
+                capacity.keep_free(node_id, owed)
         for job in coming(self._state, NOBODY, self._promised):
             capacity.give(job.gang.bundle, attempt_of(job).placed)
         mask = fitting(self._state)

@@ -177,7 +177,7 @@ def test_the_date_of_a_reservation_is_the_earliest(
     found = reserve(job, fake.state, fake.state.capacity.matching(gang), Promised({}), fake.now)
     assert (None if found is None else found.at) == earliest
     if found is not None and found.at < inf:
-        assert sum(found.need.values()) == gang.gpu_units
+        assert sum(need.gpu_units for need in found.need.values()) == gang.gpu_units
 
 
 # --- evictions ----------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class AnyPolicy(RuleBasedStateMachine):
 
     @rule(
         gpus=st.sampled_from([0.25, 0.5, 1, 1, 2, 4, 8]),
+        cpus=st.sampled_from([0, 0, 0, 4, 20]),
+        memory_gib=st.sampled_from([0, 0, 0, 80]),
         count=st.integers(1, 3),
         least=st.integers(0, 2),
         queue=st.sampled_from(LEAVES),
@@ -95,11 +97,13 @@ class AnyPolicy(RuleBasedStateMachine):
         preemptible=st.integers(0, 4),
         after=st.booleans(),
     )
-    def submit(self, gpus, count, least, queue, owner, priority, limit, duration, fates, types, strategy,
-               preemptible, after) -> None:  # fmt: skip
+    def submit(self, gpus, cpus, memory_gib, count, least, queue, owner, priority, limit, duration, fates, types,
+               strategy, preemptible, after) -> None:  # fmt: skip
         live = sorted(self.fake.state.jobs)
         self.fake.submit(
             gpus,
+            cpu_milli=cpus * 1000,
+            memory_bytes=memory_gib * 2**30,
             count=1 if gpus < 1 else count,
             least=least if gpus >= 1 and least < count else 0,
             queue=queue,

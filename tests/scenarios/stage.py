@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from rm.core.backfill import needs
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     CheckpointReported,
@@ -209,10 +210,7 @@ class Stage(FakeCluster):
                     self._follow.append(ReserveFailed(self.now, *key, "somebody else was quicker"))
                     self.unlucky = self.unlucky - {effect.job_id}
                 case Reserve():
-                    nodes: dict[str, int] = {}
-                    for each in effect.placed:
-                        nodes[each.node_id] = nodes.get(each.node_id, 0) + effect.gang.bundle.gpu_units
-                    self.held[key] = nodes
+                    self.held[key] = needs(effect.gang.bundle, effect.placed)
                     self._follow.append(PlacementReady(self.now, *key))
                 case Run():
                     self._follow.append(RunStarted(self.now, *key))
