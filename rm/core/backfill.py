@@ -131,6 +131,31 @@ def still_good(
     return True
 
 
+def still_coming(
+    reservation: Reservation,
+    state: ClusterState,
+    job: Job,
+    owed: Mapping[str, Amount],
+    stopped: Collection[str],
+    taken: Mapping[str, Sequence[Taken]],
+) -> bool:
+    """Whether an earlier cycle's reservation of what is on its way back will be met where it was made."""
+    for job_id, attempt in reservation.counted:
+        other = state.jobs.get(job_id)
+        lives = other is not None and other.attempt is not None and other.attempts == attempt
+        if lives and job_id not in state.books.ending and job_id not in stopped:
+            return False
+    bundle = job.gang.bundle
+    for node_id, need in reservation.need.items():
+        if node_id not in state.capacity:
+            return False
+        others = owed.get(node_id, NOTHING)
+        then = _free_at(node_id, reservation, state, taken.get(node_id, ())).without(others)
+        if then.copies(bundle) * bundle.gpu_units < need.gpu_units:
+            return False
+    return True
+
+
 def hold(reservation: Reservation, node_id: str, state: ClusterState, taken: Sequence[Taken]) -> Amount:
     """What of the free GPUs, CPUs and memory of the node must stay free for the reservation from now on."""
     need = reservation.need[node_id]
@@ -180,6 +205,13 @@ class _Room:
 
     def copies(self, bundle: Bundle) -> int:
         return copies_in(bundle, self.devices, self.cpu_milli, self.memory_bytes)
+
+    def without(self, others: Amount) -> _Room:
+        return _Room(
+            self.devices.without_foreign(others.gpu_units),
+            self.cpu_milli - others.cpu_milli,
+            self.memory_bytes - others.memory_bytes,
+        )
 
 
 def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]) -> _Room:

@@ -55,6 +55,9 @@ from rm.core.transit import Transit, fitting
 
 KEPT_COMING = 16
 """Jobs in one walk for which what is on its way back is kept, beyond those that would evict somebody else for it."""
+REASONS = 50
+"""Different reasons that one cycle works out. After a flood of submissions the next cycles go on with it."""
+NEXT_REASONS_S = 0.05
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
 EVERY = -1
@@ -142,8 +145,7 @@ class Cycle:
         self._kept_version = 0
         """Grows whenever what is kept changes, or who is stopped."""
         self._cover: tuple[int, bool] | None = None
-        self._coming: tuple[int, Transit] | None = None
-        """What is on its way back, as of a version of what is kept."""
+        self._coming: Transit | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -170,21 +172,29 @@ class Cycle:
         events: list[AvailabilityChecked | JobAdmitted | StopRequested] = []
         known: dict[tuple[object, ...], Reason] = {}
         for job_id in self.state.books.unchecked:
-            if job_id not in self.admitted:
-                job = self.state.jobs[job_id]
-                key: tuple[object, ...] = (
-                    job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now,
-                )  # fmt: skip
-                if job_id in self.kept.reservations:
-                    key = (job_id,)
-                if key not in known:
-                    known[key] = reason_of(self, job)
-                events.append(AvailabilityChecked(self.now, job_id, known[key]))
+            if job_id in self.admitted:
+                continue
+            job = self.state.jobs[job_id]
+            key = self._alike(job)
+            if key not in known:
+                if len(known) == REASONS:
+                    self._wake_at(self.now + NEXT_REASONS_S)
+                    break
+                known[key] = reason_of(self, job)
+            events.append(AvailabilityChecked(self.now, job_id, known[key]))
         for event in self._events:
             if isinstance(event, JobAdmitted):
                 events.append(AvailabilityChecked(self.now, event.job_id, None))
             events.append(event)
         return Plan(tuple(events))
+
+    def _alike(self, job: Job) -> tuple[object, ...]:
+        """What jobs have in common that wait for the same reason."""
+        if job.id in self.kept.reservations:
+            return (job.id,)
+        rules = self.state.policy.queues.get(job.queue)
+        owner = job.owner if rules is not None and rules.max_gpus_per_owner is not None else ""
+        return job.queue, owner, job.gang, job.held, job.after, job.eligible_at > self.now
 
     # --- the walk ------------------------------------------------------------------------------------------
 
@@ -230,6 +240,7 @@ class Cycle:
         self.first_blocked = None
         self._fit_in_time = 0
         self._kept_coming = 0
+        self._coming = None
         self._kept_version += 1
 
     def _walk_queues(self, queues: list[str]) -> None:
@@ -282,10 +293,11 @@ class Cycle:
 
     def _worth(self, queue: str) -> int:
         """The bits of the shapes whose jobs need to be looked at in this queue."""
-        mask = self._fit | self._fit_in_time | self._searches.mask(queue)
+        fit = self._fit | self._fit_in_time if self._covered() else EVERY
+        mask = (fit and fit & self._within_quota(queue)) | self._searches.mask(queue)
         if self._kept_coming < KEPT_COMING:
             mask |= self._transit().mask(queue)
-        return mask if self._covered() else mask | self._may_hold(queue)
+        return mask
 
     def _try(self, turn: Turn) -> bool:
         """Steps 3 to 6 for one group's next job. True where it was admitted."""
@@ -371,6 +383,8 @@ class Cycle:
         self._charge(job.queue, option.kind, units)
         self._given.give(job.queue, job.owner, units)
         self._loosened |= self.kept.took(job, places)
+        if self._coming is not None:
+            self._coming.less()
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
         self._events.append(event)
@@ -403,6 +417,7 @@ class Cycle:
                 for victim, cause in eviction.victims:
                     self._stopped[victim] = None
                     self._events.append(StopRequested(self.now, victim, cause, job.id))
+                self._coming = None
                 self._keep(job, option, eviction.reservation)
                 return
         within = [option for option in options if self.within_quota(job, option) is not None]
@@ -450,6 +465,8 @@ class Cycle:
         self._kept_quota[job.id] = kept
         self.kept.keep(reservation)
         self._kept_version += 1
+        if self._coming is not None:
+            self._coming.kept_for(reservation)
         self._fit_in_time = self._fitting_in_time() if self.kept.holds else 0
 
     def _promised(self) -> Promised:
@@ -527,12 +544,12 @@ class Cycle:
                 return len(self._patient | self.kept.covered()) >= sum(1 for key in classes if key.gpu_slots)
 
     def _transit(self) -> Transit:
-        if self._coming is None or self._coming[0] != self._kept_version:
-            self._coming = self._kept_version, Transit(self.state, self.now, self._promised())
-        return self._coming[1]
+        if self._coming is None:
+            self._coming = Transit(self.state, self.now, self.kept, self._stopped, self.notes.reservations)
+        return self._coming
 
-    def _may_hold(self, queue: str) -> int:
-        """The bits of the shapes for which the queue has quota left, so that GPUs may be kept for them."""
+    def _within_quota(self, queue: str) -> int:
+        """The bits of the shapes for which the queue has quota left."""
         quota = self.state.books.quota
         if not quota.limited:
             return EVERY

@@ -8,7 +8,7 @@ the reservations are due may look at the nodes with the holds lifted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
@@ -28,6 +28,8 @@ class Kept:
         self.reservations: dict[str, Reservation] = {}
         self.holds: dict[str, Amount] = {}
         """By node, what is free and kept."""
+        self._needed: dict[str, Amount] = {}
+        self._owed: dict[str, Amount] | None = None
         self.taken: dict[str, list[Taken]] = {}
         """By node, what the cycle has given away: the books don't know of it yet."""
         self.fresh: list[tuple[float, Job, Attempt]] = []
@@ -37,6 +39,10 @@ class Kept:
         """Nobody behind gets what the reservation needs."""
         self.reservations[reservation.job_id] = reservation
         self._hold(reservation)
+        if self._owed is not None:
+            for node_id, need in reservation.need.items():
+                self._needed[node_id] = self._needed.get(node_id, NOTHING) + need
+                self._owe(node_id)
 
     def forget(self, job_ids: Collection[str]) -> None:
         """These jobs have no reservation any more."""
@@ -63,10 +69,11 @@ class Kept:
         """The nodes without holds, for a moment. Afterwards what is still needed is held."""
         for node_id, held in self.holds.items():
             self._state.capacity.keep_free(node_id, -held)
-        self.holds = {}
+        self.holds, self._owed = {}, None
         try:
             yield
         finally:
+            self._owed = None
             for reservation in self.reservations.values():
                 self._hold(reservation)
 
@@ -74,17 +81,25 @@ class Kept:
         """What whoever asks next must not plan with. `stopped`: whom the cycle has told to stop."""
         return Promised(self.owed(), self.reservations.keys(), stopped)
 
-    def owed(self) -> dict[str, Amount]:
+    def owed(self) -> Mapping[str, Amount]:
         """By node, what reservations need beyond what is kept for them already."""
-        owed: dict[str, Amount] = {}
-        for reservation in self.reservations.values():
-            for node_id, need in reservation.need.items():
-                owed[node_id] = owed[node_id] + need if node_id in owed else need
-        return {
-            node_id: left
-            for node_id, need in owed.items()
-            if (left := need.beyond(self.holds.get(node_id, NOTHING)))
-        }
+        if self._owed is None:
+            self._owed, self._needed = {}, {}
+            for reservation in self.reservations.values():
+                for node_id, need in reservation.need.items():
+                    self._needed[node_id] = self._needed.get(node_id, NOTHING) + need
+            for node_id in self._needed:
+                self._owe(node_id)
+        return self._owed
+
+    def _owe(self, node_id: str) -> None:
+        assert self._owed is not None
+        held = self.holds.get(node_id)
+        left = self._needed[node_id] if held is None else self._needed[node_id].beyond(held)
+        if left:
+            self._owed[node_id] = left
+        else:
+            self._owed.pop(node_id, None)
 
     def covered(self) -> set[int]:
         """The node classes on which somebody has a reservation."""

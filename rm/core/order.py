@@ -156,7 +156,7 @@ class FairLine:
         while self._heap:
             entry = self._heap[0]
             walk = entry[-1]
-            turn = walk.first(mask)
+            turn = walk.first(mask) if walk.lane.mask & mask else None
             if turn is None:
                 heapq.heappop(self._heap)
                 continue

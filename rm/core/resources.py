@@ -7,6 +7,7 @@ exact. A request below one device takes part of a single device: two halves on t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 GPU_UNIT = 10_000
 """One whole GPU."""
@@ -165,11 +166,17 @@ class Devices:
         Whole devices first, the remainder from the freest one: the pessimistic reading, so that we never plan a
         whole GPU that a stranger shares.
         """
-        changed = list(self.free)
-        for slot in sorted(range(len(changed)), key=changed.__getitem__, reverse=True):
-            if units <= 0:
-                break
-            taken = min(units, changed[slot])
-            changed[slot] -= taken
-            units -= taken
-        return Devices(tuple(changed))
+        return Devices(_without(self.free, units))
+
+
+@lru_cache(maxsize=65_536)
+def _without(free: tuple[int, ...], units: int) -> tuple[int, ...]:
+    """Asked for the same few patterns again and again in a cycle."""
+    changed = list(free)
+    for slot in sorted(range(len(changed)), key=changed.__getitem__, reverse=True):
+        if units <= 0:
+            break
+        taken = min(units, changed[slot])
+        changed[slot] -= taken
+        units -= taken
+    return tuple(changed)

@@ -1,8 +1,8 @@
 """Which waiting jobs are worth a search for victims, and how many searches a cycle makes.
 
-A search reads every attempt that may be stopped, so it must not be made in vain. Three bounds, from cheap to dear:
+A search reads every attempt that may be stopped, so it must not be made in vain. What spares them, from cheap to dear:
 a bit per shape for what each queue has a right to take at all; what is known of earlier searches, which failed and
-will fail again until GPUs change hands; and two bounds on what one cycle searches. Whoever is not reached waits for
+will fail again until GPUs change hands; and a bound on what one cycle searches. Whoever is not reached waits for
 the next cycle, where those that failed before him are passed over.
 """
 
@@ -20,10 +20,10 @@ from rm.core.policy import ANY, Order, Preempt, Reclaim
 from rm.core.preemption import Eviction, Victims
 from rm.core.state import ClusterState
 
-SEARCHES = 16
-"""In one cycle."""
-LOOKS = 2_000
+LOOKS = 1_000
 """Attempts that the searches of one cycle consider together."""
+SEARCH = 20
+"""What a search costs besides, in such looks."""
 REMEMBERED = 1_000
 """Searches of one queue that failed; beyond that all are forgotten."""
 AGAIN_S = 1.0
@@ -71,11 +71,14 @@ class Searches:
         """With `shortest_first`: whoever comes behind has a worse rank."""
         self._elastic: set[str] | None = None
         self._vain: dict[str, int] = {}
+        self._reclaimers: set[str] = set()
+        self._by_rank_or_priority: dict[str, int] = {}
+        """Of the reclaiming queues, the shapes that may evict for another reason."""
 
     @property
     def exhausted(self) -> bool:
         """Whether this cycle searches no more."""
-        return self._made >= SEARCHES or self._victims.looked >= LOOKS
+        return self._made * SEARCH + self._victims.looked >= LOOKS
 
     def may_find(self) -> bool:
         """Whether anybody might still find victims."""
@@ -83,7 +86,11 @@ class Searches:
 
     def mask(self, queue: str) -> int:
         """The bits of the shapes whose jobs might have somebody evicted. Never leaves one out that could."""
-        return 0 if self.exhausted else self._all_masks().get(queue, 0) & ~self._in_vain_for(queue)
+        mask = 0 if self.exhausted else self._all_masks().get(queue, 0)
+        if mask and queue in self._reclaimers:
+            # What is kept for the first of a queue is charged to it: the next has less to claim.
+            mask &= self._by_rank_or_priority[queue] | self._within(queue)
+        return mask and mask & ~self._in_vain_for(queue)
 
     def evict(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
         """The victims for `job` on one option, or None where there are none or the search is not worth it."""
@@ -166,21 +173,26 @@ class Searches:
         rules = state.policy.queues.get(queue)
         if rules is None:
             return 0
-        every = state.pending.masks[queue]
-        evictable = state.books.evictable
-        if (self._ranked and evictable) or queue in self._elastic_queues():
-            return every
+        every, evictable = state.pending.masks[queue], state.books.evictable
         mask = 0
-        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
-            quota = state.books.quota
-            units = max(quota.most_within(queue, kind) for kind in (*quota.kinds, ANY))
-            mask |= state.pending.no_larger(units)
-        if rules.preempt is Preempt.LOWER and queue in evictable:
+        if (self._ranked and evictable) or queue in self._elastic_queues():
+            mask = every
+        elif rules.preempt is Preempt.LOWER and queue in evictable:
             lowest = min(evictable[queue])
             for lane in state.pending.lanes[queue].values():
                 if lane.priority > lowest:
                     mask |= lane.mask
+        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
+            self._reclaimers.add(queue)
+            self._by_rank_or_priority[queue] = mask
+            mask |= self._within(queue)
         return mask & every
+
+    def _within(self, queue: str) -> int:
+        """The bits of the shapes that would keep the queue within what it owns."""
+        quota = self._state.books.quota
+        most = max(quota.most_within(queue, kind) for kind in (*quota.kinds, ANY))
+        return self._state.pending.no_larger(most)
 
     def _borrowers(self) -> set[str]:
         books, queues = self._state.books, self._state.policy.queues

@@ -8,32 +8,68 @@ shape for places, a number of units per queue for quota. Only what an eviction w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
+from rm.core.backfill import Promised, Reservation, class_ids, coming, needs, still_coming
+from rm.core.keeping import Kept
 from rm.core.model import Attempt, Job
 from rm.core.options import Option
 from rm.core.placement import may_fit
 from rm.core.policy import ANY
+from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.state import ClusterState
 
 NOBODY = ""
+Reservations = Mapping[str, Reservation]
 
 
 class Transit:
-    """What is coming, as one cycle sees it between two changes of what is kept."""
+    """What is coming, as one cycle sees it until it stops somebody else.
 
-    def __init__(self, state: ClusterState, now: float, promised: Promised) -> None:
+    `before`: the reservations of the last cycle. Whoever had one of what is coming keeps its places.
+    """
+
+    def __init__(
+        self, state: ClusterState, now: float, kept: Kept, stopped: Collection[str], before: Reservations
+    ) -> None:
         self._state = state
         self._now = now
-        self._promised = promised
-        self._ending = (*state.books.ending, *promised.stopped)
+        self._kept = kept
+        self._before = before
+        self._stopped = stopped
+        self._known: Promised | None = None
+        self._ending = (*state.books.ending, *stopped)
+        self._back = quota_back(state, stopped)
         self._room: dict[str, int] = {}
         """Queue → the most units that it could take once all quota is back."""
         self.claimants = self._find_claimants()
         """Waiting jobs for which somebody was evicted, and for which nothing is kept yet."""
         self._mask = self._fitting() if self._ending else 0
+
+    def less(self) -> None:
+        """Something was given away. What was worked out for all is still a bound."""
+        self._known = None
+
+    def kept_for(self, reservation: Reservation) -> None:
+        """Something more is kept. Where those who were stopped for it give more than it needs, the rest is for all."""
+        self._known = None
+        self.claimants.discard(reservation.job_id)
+        evicted = sum(self._state.jobs[job_id].held_units for job_id in reservation.evicting)
+        if evicted:
+            held = sum(
+                self._kept.holds[node_id].gpu_units
+                for node_id in reservation.need
+                if node_id in self._kept.holds
+            )
+            left = evicted + held - sum(each.gpu_units for each in reservation.need.values())
+            self._mask |= self._state.pending.no_larger(left)
+
+    @property
+    def _promised(self) -> Promised:
+        if self._known is None:
+            self._known = self._kept.promised(self._stopped)
+        return self._known
 
     def may_do(self) -> bool:
         """Whether it might be enough for anybody."""
@@ -43,7 +79,8 @@ class Transit:
         """The bits of the shapes of this queue for which it might be enough. Never leaves one out that it is for."""
         if not self._ending:
             return 0
-        mask = self._mask & self._state.pending.no_larger(self._most(queue)) if self._mask else 0
+        mask = self._mask & self._state.pending.masks[queue]
+        mask = mask and mask & self._state.pending.no_larger(self._most(queue))
         for job_id in self.claimants:
             group = self._state.pending.group_of(job_id)
             if group is not None and group.queue == queue:
@@ -66,16 +103,22 @@ class Transit:
         """Also whether it is only for want of a place that there is no reservation."""
         state, kind, promised = self._state, option.kind, self._promised
         quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+        old = self._before.get(job.id)
+        if old is not None and not self._still(old, job, option):
+            old = None
+        if old is not None and job.id in self.claimants:
+            return self._again(old), False  # its quota was seen to when somebody was evicted for it
         short = quota.available(job.queue, kind) < units
         if short:
-            charged = quota_back(state, promised.stopped)
-            for entry in charged:
+            for entry in self._back:
                 quota.add(*entry)
             enough = quota.available(job.queue, kind) >= units
-            for queue, of_kind, change in reversed(charged):
+            for queue, of_kind, change in reversed(self._back):
                 quota.add(queue, of_kind, -change)
             if not enough:
                 return None, False
+        if old is not None:
+            return self._again(old), False
         back = list(coming(state, job.id, promised))
         relief = Relief(job.gang, state.capacity, option.classes, promised.owed)
         met = [each for each in back if relief.give(each.gang.bundle, attempt_of(each))]
@@ -89,6 +132,22 @@ class Transit:
                 job.id, self._now, needs(job.gang.bundle, places), class_ids(option.classes), counted, evicted
             ),
             False,
+        )
+
+    def _still(self, old: Reservation, job: Job, option: Option) -> bool:
+        promised, units = self._promised, job.gang.minimum * job.gang.bundle.gpu_units
+        return (
+            old.at <= self._now
+            and bool(old.counted)
+            and old.classes == class_ids(option.classes)
+            and sum(each.gpu_units for each in old.need.values()) == units
+            and still_coming(old, self._state, job, promised.owed, self._stopped, self._kept.taken)
+        )
+
+    def _again(self, old: Reservation) -> Reservation:
+        ending = set(self._ending)
+        return replace(
+            old, at=self._now, counted=frozenset(each for each in old.counted if each[0] in ending)
         )
 
     def _find_claimants(self) -> set[str]:
@@ -121,11 +180,10 @@ class Transit:
         most = self._room.get(queue)
         if most is None:
             quota = self._state.books.quota
-            charged = quota_back(self._state, self._promised.stopped) if quota.limited else []
-            for entry in charged:
+            for entry in self._back:
                 quota.add(*entry)
             most = self._room[queue] = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
-            for of_queue, kind, change in reversed(charged):
+            for of_queue, kind, change in reversed(self._back):
                 quota.add(of_queue, kind, -change)
         return most
 
@@ -141,12 +199,13 @@ def fitting(state: ClusterState) -> int:
 
 def quota_back(state: ClusterState, stopped: Collection[str]) -> list[tuple[str, str, int]]:
     """What the queues are charged less when all that is ending has ended. What is kept for others stays charged."""
-    ending = [state.jobs[job_id] for job_id in (*state.books.ending, *stopped)]
-    return [
-        (each.queue, state.books.kind(attempt_of(each)), -each.held_units)
-        for each in ending
-        if each.queue in state.policy.queues
-    ]
+    back: dict[tuple[str, str], int] = {}
+    for job_id in (*state.books.ending, *stopped):
+        job = state.jobs[job_id]
+        if job.queue in state.policy.queues:
+            key = job.queue, state.books.kind(attempt_of(job))
+            back[key] = back.get(key, 0) - job.held_units
+    return [(queue, kind, units) for (queue, kind), units in back.items()]
 
 
 def attempt_of(job: Job) -> Attempt:
