@@ -28,6 +28,8 @@ class Kept:
         self.reservations: dict[str, Reservation] = {}
         self.holds: dict[str, Amount] = {}
         """By node, what is free and kept."""
+        self._owed: dict[str, Amount] | None = {}
+        """The last answer of `owed`, as long as it holds: each blocked job asks for it."""
         self.taken: dict[str, list[Taken]] = {}
         """By node, what the cycle has given away: the books don't know of it yet."""
         self.fresh: list[tuple[float, Job, Attempt]] = []
@@ -36,6 +38,7 @@ class Kept:
     def keep(self, reservation: Reservation) -> None:
         """Nobody behind gets what the reservation needs."""
         self.reservations[reservation.job_id] = reservation
+        self._owed = None
         self._hold(reservation)
 
     def forget(self, job_ids: Collection[str]) -> None:
@@ -63,10 +66,11 @@ class Kept:
         """The nodes without holds, for a moment. Afterwards what is still needed is held."""
         for node_id, held in self.holds.items():
             self._state.capacity.keep_free(node_id, -held)
-        self.holds = {}
+        self.holds, self._owed = {}, None
         try:
             yield
         finally:
+            self._owed = None
             for reservation in self.reservations.values():
                 self._hold(reservation)
 
@@ -76,15 +80,17 @@ class Kept:
 
     def owed(self) -> dict[str, Amount]:
         """By node, what reservations need beyond what is kept for them already."""
-        owed: dict[str, Amount] = {}
-        for reservation in self.reservations.values():
-            for node_id, need in reservation.need.items():
-                owed[node_id] = owed[node_id] + need if node_id in owed else need
-        return {
-            node_id: left
-            for node_id, need in owed.items()
-            if (left := need.beyond(self.holds.get(node_id, NOTHING)))
-        }
+        if self._owed is None:
+            needs: dict[str, Amount] = {}
+            for reservation in self.reservations.values():
+                for node_id, need in reservation.need.items():
+                    needs[node_id] = needs[node_id] + need if node_id in needs else need
+            self._owed = {
+                node_id: left
+                for node_id, need in needs.items()
+                if (left := need.beyond(self.holds.get(node_id, NOTHING)))
+            }
+        return self._owed
 
     def covered(self) -> set[int]:
         """The node classes on which somebody has a reservation."""
