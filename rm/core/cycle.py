@@ -31,6 +31,7 @@ from typing import Self
 from rm.core.backfill import (
     Promised,
     Reservation,
+    class_ids,
     end_if_started,
     reserve,
     still_good,
@@ -396,28 +397,48 @@ class Cycle:
                     for each in option.classes:
                         self.closed.setdefault(id(each), job)
             case Backfill.EASY:
-                self._reserve(job, within[0])
+                self._reserve(job, within)
             case Backfill.SKIP:
                 pass
 
-    def _reserve(self, job: Job, option: Option) -> None:
-        """EASY: the first blocked job on these classes gets the date."""
-        classes = {id(each) for each in option.classes}
-        if classes & (self._patient | self.kept.covered()):
+    def _reserve(self, job: Job, options: Sequence[Option]) -> None:
+        """EASY: the earliest date that the job can have on GPU types on which nobody before it has one."""
+        others = self._patient | self.kept.covered()
+        mine = [option for option in options if not class_ids(option.classes) & others]
+        found = self._kept_date(job, mine) or self._earliest(job, mine)
+        if found is None:
             return
-        old = self.notes.reservations.get(job.id)
-        # Where no date is known none is promised: other nodes may have become the better ones.
-        undated = old is None or old.evicting or old.at == inf
-        if undated or old is None or not still_good(old, self.state, job, self.now, self.kept.taken):
-            old = reserve(job, self.state, option.classes, self._promised(), self.now, self.kept.fresh)
-        if old is None:
-            return
+        option, reservation = found
         patient_until = job.submitted_at + self.state.policy.patience_s
-        if old.at == inf and self.now < patient_until:
-            self._patient |= classes
+        if reservation.at == inf and self.now < patient_until:
+            self._patient |= reservation.classes
             self._wake_at(patient_until)
             return
-        self._keep(job, option, old)
+        self._keep(job, option, reservation)
+
+    def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The date that the last cycle promised, where it still holds: it does not move without need."""
+        old = self.notes.reservations.get(job.id)
+        # Where no date is known none is promised: other nodes may have become the better ones.
+        if old is None or old.evicting or old.at == inf:
+            return None
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
+            return None
+        return option, old
+
+    def _earliest(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The earliest date over these GPU types; the first type where dates are equal, or none is known."""
+        found: tuple[Option, Reservation] | None = None
+        promised = self._promised()
+        for option in options:
+            sooner_than = None if found is None else found[1].at
+            reservation = reserve(
+                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than
+            )
+            if reservation is not None:
+                found = option, reservation
+        return found
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""

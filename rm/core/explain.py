@@ -12,7 +12,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rm.core import reasons
-from rm.core.backfill import Reservation
+from rm.core.backfill import Reservation, class_ids
 from rm.core.capacity import NodeClass, usable
 from rm.core.model import Gang, Job
 from rm.core.options import Option
@@ -37,20 +37,27 @@ def reason_of(cycle: Cycle, job: Job) -> Reason:
             held = cycle.kept.holds.get(node_id, NOTHING)
             alone = sum(node_id in each.need for each in cycle.kept.reservations.values()) == 1
             capacity.keep_free(node_id, -(held if alone else held.at_most(need)))
-        return _dated(_reason_of(cycle, job), reservation, cycle.now)
+        return _promised(cycle, job, _reason_of(cycle, job), reservation)
     finally:
         capacity.rollback(mark)
 
 
-def _dated(reason: Reason, reservation: Reservation, now: float) -> Reason:
-    """With the date that the job was promised, where it lies ahead."""
-    if not now < reservation.at < inf:
-        return reason
-    return replace(
-        reason,
-        evidence={**reason.evidence, "at": reservation.at},
-        advice=f"it starts in {reservation.at - now:.0f} s at the latest, by the time limits of others",
-    )
+def _promised(cycle: Cycle, job: Job, reason: Reason, reservation: Reservation) -> Reason:
+    """With what the job was promised: a date where one lies ahead, and the GPU type where it had a choice."""
+    evidence, advice = dict(reason.evidence), reason.advice
+    options = cycle.notes.options.of(job.queue, job.gang)
+    mine = next((each for each in options if class_ids(each.classes) == reservation.classes), None)
+    gpu_type = mine.gpu_type if mine is not None and len(options) > 1 else None
+    if gpu_type is not None:
+        evidence["gpu_type"] = gpu_type
+    if cycle.now < reservation.at < inf:
+        evidence["at"] = reservation.at
+        on_type = "" if gpu_type is None else f" on {gpu_type}"
+        wait_s = reservation.at - cycle.now
+        advice = f"it starts in {wait_s:.0f} s at the latest{on_type}, by the time limits of others"
+    elif gpu_type is not None:
+        advice = f"{advice}; {gpu_type} is kept for it"
+    return replace(reason, evidence=evidence, advice=advice)
 
 
 def _reason_of(cycle: Cycle, job: Job) -> Reason:
