@@ -113,7 +113,7 @@ class Cycle:
         self.closed: dict[int, Job] = {}
         """With backfill `none`: node classes that a blocked job keeps to itself."""
         self.bounds: set[str] = set()
-        """Bounds that this cycle hit; their names go into the reasons."""
+        """Bounds that this cycle hit: `passes`, `backfill_depth`, `evictions_per_cycle`."""
         self._events: list[JobAdmitted | StopRequested] = []
         self._given = Given(state, now)
         self._quota_trial: list[tuple[str, str, int]] = []
@@ -128,6 +128,8 @@ class Cycle:
         self._evictors: set[str] | None = None
         self._victims: Outlast | None = None
         self._no_victims: set[tuple[str, Gang]] = set()
+        self._sought: set[tuple[str, str, Gang]] = set()
+        """(queue, owner, gang) for whom victims were sought on every option, and not found."""
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
@@ -166,6 +168,9 @@ class Cycle:
                 )  # fmt: skip
                 if job_id in self.kept.reservations:
                     key = (job_id,)
+                elif self.bounds or self._searches >= EVICTIONS_PER_CYCLE:
+                    # Whether the bound cut it off depends on these as well.
+                    key = (*key, job.priority, job.time_limit_s, job.grace_s)
                 if key not in known:
                     known[key] = reason_of(self, job)
                 events.append(AvailabilityChecked(self.now, job_id, known[key]))
@@ -384,6 +389,8 @@ class Cycle:
                         self._events.append(StopRequested(self.now, victim, cause, job.id))
                     self._keep(job, option, eviction.reservation)
                     return
+            if "evictions_per_cycle" not in self.bounds:
+                self._sought.add((job.queue, job.owner, job.gang))
             if self.state.policy.order is Order.SHORTEST_FIRST:
                 self._no_victims.add(same)  # whoever comes behind has a worse rank
         within = [option for option in options if self.within_quota(job, option) is not None]
@@ -549,6 +556,19 @@ class Cycle:
             groups = self.state.pending.groups[queue].values()
             return any(self.state.jobs[group.jobs[0][1]].priority > lowest for group in groups)
         return False
+
+    def unsought(self, job: Job) -> bool:
+        """Whether this cycle had searched for victims as often as it may before it came to the job."""
+        return (
+            self._searches >= EVICTIONS_PER_CYCLE
+            and job.queue in self._who_evicts()
+            and (job.queue, job.gang) not in self._no_victims
+            and (job.queue, job.owner, job.gang) not in self._sought
+        )
+
+    def kept_units(self, queue: str, kind: str) -> int:
+        """Units of the queue's quota that are kept for jobs that come first: the trial counts them as used."""
+        return sum(units for *whose, units in self._kept_quota.values() if whose == [queue, kind])
 
     # --- shortcuts -----------------------------------------------------------------------------------------
 

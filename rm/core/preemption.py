@@ -14,14 +14,15 @@ Sources: Kueue, `pkg/scheduler/preemption`; scheduling.md of this project's desi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, Phase, StopCause
-from rm.core.policy import ANY, Preempt, Reclaim
+from rm.core.policy import ANY, Order, Preempt, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT
@@ -175,6 +176,21 @@ def evict(
     need = needs(job.gang.bundle, places)
     reservation = Reservation(job.id, now, need, class_ids(classes), counted, tuple(causes))
     return Eviction(reservation, tuple(causes.items()))
+
+
+def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
+    """Whether the job could have anybody evicted at all. Cheap: a yes need not find a victim."""
+    books, rules = state.books, state.policy.queues[job.queue]
+    if state.policy.order is Order.SHORTEST_FIRST or books.elastic:
+        return True
+    if rules.preempt is Preempt.LOWER and min(books.evictable.get(job.queue, ()), default=inf) < job.priority:
+        return True
+    units = job.gang.minimum * job.gang.bundle.gpu_units
+    return (
+        rules.reclaim is not Reclaim.NEVER
+        and books.quota.limited
+        and any(any(books.quota.within(job.queue, kind, units)) for kind in kinds)
+    )
 
 
 def _candidates(
