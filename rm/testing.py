@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from rm.core.backfill import needs, still_good
+from rm.core.backfill import Reservation, needs, still_good
 from rm.core.cycle import Notes, schedule
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
@@ -65,8 +65,8 @@ class FakeCluster:
     history: list[Event] = field(default_factory=list)
     held: dict[tuple[str, int], dict[str, Amount]] = field(default_factory=dict)
     """The world's own books: (job id, attempt) → what it has by node, as long as the group exists."""
-    dates: dict[str, float] = field(default_factory=dict)
-    """The shadow time that each reserved job was promised, as long as it keeps its reservation."""
+    dates: dict[str, Reservation] = field(default_factory=dict)
+    """What each reserved job was promised, as long as it keeps its reservation."""
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _count: int = 0
     _jobs: int = 0
@@ -248,7 +248,8 @@ class FakeCluster:
         """No backfill moves a promised date.
 
         What a cycle let pass a reservation leaves that reservation good; and without an admission (somebody with a
-        better right may come and take) a date that lies ahead comes no later.
+        better right may come and take) a date that lies ahead comes no later, as long as it is on the same nodes'
+        classes: where somebody with a better right has a reservation there now, others may have no date so early.
         """
         notes = self.state.plans.get("cycle")
         found = notes.reservations if isinstance(notes, Notes) else {}
@@ -257,7 +258,8 @@ class FakeCluster:
             job = self.state.jobs[job_id]
             if not still_good(reservation, self.state, job, self.now):
                 raise InternalError(f"{job_id} can't have {reservation.need} at {reservation.at} any more")
-            before = self.dates.get(job_id, reservation.at)
-            if not admitted and reservation.at > before:
-                raise InternalError(f"{job_id} was promised {before} and now gets {reservation.at}")
-        self.dates = {job_id: each.at for job_id, each in ahead.items()}
+            before = self.dates.get(job_id, reservation)
+            later = reservation.at > before.at and reservation.classes == before.classes
+            if later and not admitted:
+                raise InternalError(f"{job_id} was promised {before.at} and now gets {reservation.at}")
+        self.dates = ahead

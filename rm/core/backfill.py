@@ -78,12 +78,18 @@ def reserve(
     promised: Promised,
     now: float,
     fresh: Fresh = (),
+    sooner_than: float | None = None,
 ) -> Reservation | None:
-    """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
+    """The earliest time and place for `job` by the ends that are known. None where it can never fit.
+
+    `sooner_than`: None too where it fits only at this time or later.
+    """
     relief = Relief(job.gang, state.capacity, classes, promised.owed)
     gone: set[tuple[str, int]] = set()
     dated = _by_end(state, job.id, promised, now, fresh)
     for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh)):
+        if sooner_than is not None and end >= sooner_than:
+            return None
         gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()

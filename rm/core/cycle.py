@@ -32,6 +32,7 @@ from typing import Self
 from rm.core.backfill import (
     Promised,
     Reservation,
+    class_ids,
     end_if_started,
     reserve,
     still_good,
@@ -120,7 +121,7 @@ class Cycle:
         self.closed: dict[int, Job] = {}
         """With backfill `none`: node classes that a blocked job keeps to itself."""
         self.bounds: set[str] = set()
-        """Bounds that this cycle hit; their names go into the reasons."""
+        """Bounds that this cycle hit: `passes`, `backfill_depth`, `evictions_per_cycle`."""
         self._events: list[JobAdmitted | StopRequested] = []
         self._given = Given(state, now)
         self._quota_trial: list[tuple[str, str, int]] = []
@@ -194,7 +195,9 @@ class Cycle:
             return (job.id,)
         rules = self.state.policy.queues.get(job.queue)
         owner = job.owner if rules is not None and rules.max_gpus_per_owner is not None else ""
-        return job.queue, owner, job.gang, job.held, job.after, job.eligible_at > self.now
+        alike = job.queue, owner, job.gang, job.held, job.after, job.eligible_at > self.now
+        # Whether a bound cut it off depends on more.
+        return (*alike, job.priority, job.time_limit_s, job.grace_s) if self.bounds else alike
 
     # --- the walk ------------------------------------------------------------------------------------------
 
@@ -432,29 +435,49 @@ class Cycle:
                         self.closed.setdefault(id(each), job)
                 self._kept_version += 1
             case Backfill.EASY:
-                self._reserve(job, within[0])
+                self._reserve(job, within)
             case Backfill.SKIP:
                 pass
 
-    def _reserve(self, job: Job, option: Option) -> None:
-        """EASY: the first blocked job on these classes gets the date."""
-        classes = {id(each) for each in option.classes}
-        if classes & (self._patient | self.kept.covered()):
+    def _reserve(self, job: Job, options: Sequence[Option]) -> None:
+        """EASY: the earliest date that the job can have on GPU types on which nobody before it has one."""
+        others = self._patient | self.kept.covered()
+        mine = [option for option in options if not class_ids(option.classes) & others]
+        found = self._kept_date(job, mine) or self._earliest(job, mine)
+        if found is None:
             return
-        old = self.notes.reservations.get(job.id)
-        # Where no date is known none is promised: other nodes may have become the better ones.
-        undated = old is None or old.evicting or old.at == inf
-        if undated or old is None or not still_good(old, self.state, job, self.now, self.kept.taken):
-            old = reserve(job, self.state, option.classes, self._promised(), self.now, self.kept.fresh)
-        if old is None:
-            return
+        option, reservation = found
         patient_until = job.submitted_at + self.state.policy.patience_s
-        if old.at == inf and self.now < patient_until:
-            self._patient |= classes
+        if reservation.at == inf and self.now < patient_until:
+            self._patient |= reservation.classes
             self._kept_version += 1
             self._wake_at(patient_until)
             return
-        self._keep(job, option, old)
+        self._keep(job, option, reservation)
+
+    def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The date that the last cycle promised, where it still holds: it does not move without need."""
+        old = self.notes.reservations.get(job.id)
+        # Where no date is known none is promised: other nodes may have become the better ones.
+        if old is None or old.evicting or old.at == inf:
+            return None
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
+            return None
+        return option, old
+
+    def _earliest(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The earliest date over these GPU types; the first type where dates are equal, or none is known."""
+        found: tuple[Option, Reservation] | None = None
+        promised = self._promised()
+        for option in options:
+            sooner_than = None if found is None else found[1].at
+            reservation = reserve(
+                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than
+            )
+            if reservation is not None:
+                found = option, reservation
+        return found
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
@@ -518,6 +541,14 @@ class Cycle:
 
     def _wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
+
+    def unsought(self, job: Job, options: Sequence[Option]) -> bool:
+        """Whether this cycle had searched for victims as much as it may before it came to the job."""
+        return self._searches.unreached(job, options)
+
+    def kept_units(self, queue: str, kind: str) -> int:
+        """Units of the queue's quota that are kept for jobs that come first: the trial counts them as used."""
+        return sum(units for *whose, units in self._kept_quota.values() if whose == [queue, kind])
 
     # --- shortcuts -----------------------------------------------------------------------------------------
 

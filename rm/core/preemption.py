@@ -14,16 +14,17 @@ Sources: Kueue, `pkg/scheduler/preemption`; scheduling.md of this project's desi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice
+from math import inf
 
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, StopCause
-from rm.core.policy import ANY, Preempt, Reclaim
+from rm.core.policy import ANY, Order, Preempt, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT
@@ -252,6 +253,21 @@ class Victims:
                     run for run in self._runs_of(name) if run.job.id in self._state.books.elastic
                 ]
         return self._elastic.get(queue, [])
+
+
+def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
+    """Whether the job could have anybody evicted at all. Cheap: a yes need not find a victim."""
+    books, rules = state.books, state.policy.queues[job.queue]
+    if state.policy.order is Order.SHORTEST_FIRST or books.elastic:
+        return True
+    if rules.preempt is Preempt.LOWER and min(books.evictable.get(job.queue, ()), default=inf) < job.priority:
+        return True
+    units = job.gang.minimum * job.gang.bundle.gpu_units
+    return (
+        rules.reclaim is not Reclaim.NEVER
+        and books.quota.limited
+        and any(any(books.quota.within(job.queue, kind, units)) for kind in kinds)
+    )
 
 
 def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool:

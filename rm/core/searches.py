@@ -8,7 +8,7 @@ the next cycle, where those that failed before him are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -92,11 +92,24 @@ class Searches:
             mask &= self._by_rank_or_priority[queue] | self._within(queue)
         return mask and mask & ~self._in_vain_for(queue)
 
+    def unreached(self, job: Job, options: Sequence[Option]) -> bool:
+        """Whether victims would have been sought for the job, had the bound not been reached before."""
+        group = self._state.pending.group_of(job.id)
+        if not self.exhausted or group is None:
+            return False
+        if not self._all_masks().get(job.queue, 0) & group.shape.bit:
+            return False
+        if self._ranked:
+            return all((job.queue, job.gang, each.kind) not in self._in_vain for each in options)
+        failures = self._failed.get(job.queue, {})
+        known = [failures.get(self._search(job, each)) for each in options]
+        return not all(each is not None and self._fails_again(each) for each in known)
+
     def evict(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
         """The victims for `job` on one option, or None where there are none or the search is not worth it."""
         if self._ranked:
             return self._by_rank(job, option, kept, stopped)
-        search = job.gang, job.priority if self._by_priority(job.queue) else 0, option.kind
+        search = self._search(job, option)
         failures = self._failed.setdefault(job.queue, {})
         failed = failures.get(search)
         if failed is not None and self._fails_again(failed) and job.queue not in self._elastic_queues():
@@ -140,6 +153,9 @@ class Searches:
                         known |= shape.bit
             self._vain[queue] = known
         return known
+
+    def _search(self, job: Job, option: Option) -> Search:
+        return job.gang, job.priority if self._by_priority(job.queue) else 0, option.kind
 
     def _by_priority(self, queue: str) -> bool:
         rules = self._state.policy.queues[queue]

@@ -18,8 +18,8 @@ JOBS = st.lists(
     st.tuples(
         st.sampled_from([0.5, 1, 1, 1, 2, 4]),
         st.integers(1, 2),
-        st.sampled_from([0, 4, 16, 30]),
-        st.sampled_from([0, 8, 100]),
+        st.sampled_from([0, 4, 16, 60]),
+        st.sampled_from([0, 0, 20, 200]),
         st.sampled_from([None, 8.0, 20.0, 60.0]),
         st.integers(0, 15),
     ),
@@ -30,16 +30,18 @@ DURATION_S = {None: 90.0, 8.0: 7.0, 20.0: 6.0, 60.0: 59.0}
 
 
 def dates(fake: FakeCluster) -> dict[str, float]:
+    """The dates ahead. Who waits for what is on its way back already (a date that is now) may be second."""
     notes = fake.state.plans.get("cycle")
-    return {each.job_id: each.at for each in notes.reservations.values()} if isinstance(notes, Notes) else {}
+    found = notes.reservations.values() if isinstance(notes, Notes) else ()
+    return {each.job_id: each.at for each in found if each.at > fake.now}
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 2), JOBS)
-def test_nobody_behind_moves_the_date_of_the_first_blocked_job(nodes: int, jobs: list[tuple]) -> None:
+@settings(max_examples=150, deadline=None)
+@given(JOBS)
+def test_nobody_behind_moves_the_date_of_the_first_blocked_job(jobs: list[tuple]) -> None:
     fake = FakeCluster(policy=Policy(order=Order.FIFO))
-    for number in range(nodes):
-        fake.add_node(f"n{number}", 8)
+    fake.add_node("n0", 8)
+    fake.add_node("n1", 8)
     promised: dict[str, float] = {}
 
     def look() -> None:
