@@ -85,6 +85,8 @@ class Notes:
         self.reservations: dict[str, Reservation] = {}
         self.feasible: dict[tuple[str, Gang], tuple[int, bool]] = {}
         self.failed: Failures = {}
+        self.moves = -1
+        """`Books.moves` when the reservations were made."""
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -166,6 +168,7 @@ class Cycle:
             self._wake_at(self.now + AGAIN_S)
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
+            self.notes.moves = self.state.books.moves
             self.state.wake_at = self._wake
 
     def plan(self) -> Plan:
@@ -458,8 +461,11 @@ class Cycle:
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last cycle promised, where it still holds: it does not move without need."""
         old = self.notes.reservations.get(job.id)
-        # Where no date is known none is promised: other nodes may have become the better ones.
-        if old is None or old.evicting or old.at == inf:
+        if old is None or old.evicting:
+            return None
+        # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
+        unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
+        if old.at == inf and not (unmoved and not self.kept.reservations):
             return None
         option = next((each for each in options if class_ids(each.classes) == old.classes), None)
         if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
