@@ -74,6 +74,16 @@ class QueuePolicy:
     max_gpus_per_owner: int | None = None
     """Units that one owner may hold in this queue at a time."""
 
+    @property
+    def preempts(self) -> bool:
+        """Whether its higher priorities may evict its lower ones."""
+        return self.preempt is Preempt.LOWER
+
+    @property
+    def reclaims(self) -> bool:
+        """Whether its jobs may take back what others borrow."""
+        return self.reclaim is not Reclaim.NEVER
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

@@ -24,7 +24,7 @@ from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, StopCause
-from rm.core.policy import ANY, Order, Preempt, Reclaim
+from rm.core.policy import ANY, Order, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT
@@ -180,10 +180,11 @@ class Victims:
             if borrowing:
                 lower = queue.reclaim is Reclaim.ANY or run.job.priority < job.priority
                 return lower and (run.job.queue, run.kind) in lawful
-            return queue.preempt is Preempt.LOWER and run.job.priority < job.priority
+            return queue.preempts and run.job.priority < job.priority
 
         shrunk: set[str] = set()
-        for borrowing, queues in ((True, across), (False, [job.queue])):
+        sides = (True, across), (False, [job.queue])
+        for borrowing, queues in sides:
             for run in merge(*map(self._elastic_of, queues), key=lambda each: each.key):
                 if run.job.id in spared:
                     continue
@@ -197,14 +198,14 @@ class Victims:
                     shrunk.add(run.job.id)
                     surplus = run.attempt.placed[run.job.gang.minimum :]
                     yield _Candidate(run, replace(run.attempt, placed=surplus), borrowing, True)
-        for borrowing, queues in ((True, across), (False, [job.queue])):
-            if not borrowing and queue.preempt is not Preempt.LOWER:
-                continue
+        for borrowing, queues in sides:
             for run in merge(*map(self._runs_of, queues), key=lambda each: each.key):
-                if not borrowing and run.job.priority >= job.priority:
-                    break
-                if run.job.id in spared or not allowed(run, borrowing):
+                if run.job.id in spared:
                     continue
+                if not allowed(run, borrowing):
+                    if borrowing:
+                        continue
+                    break  # those behind have no lower priority
                 if run.spared_until > self._now:
                     self._wake(run.spared_until)
                     continue
@@ -217,7 +218,7 @@ class Victims:
         """(queue, kind) of other queues whose attempts `job` may reclaim, as things are now."""
         books, units = self._state.books, job.gang.minimum * job.gang.bundle.gpu_units
         quota, queues = books.quota, self._state.policy.queues
-        if queues[job.queue].reclaim is Reclaim.NEVER or not quota.limited:
+        if not queues[job.queue].reclaims or not quota.limited:
             return set()
         if not any(quota.within(job.queue, kind, units)):
             return set()
@@ -260,11 +261,11 @@ def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
     books, rules = state.books, state.policy.queues[job.queue]
     if state.policy.order is Order.SHORTEST_FIRST or books.elastic:
         return True
-    if rules.preempt is Preempt.LOWER and min(books.evictable.get(job.queue, ()), default=inf) < job.priority:
+    if rules.preempts and min(books.evictable.get(job.queue, ()), default=inf) < job.priority:
         return True
     units = job.gang.minimum * job.gang.bundle.gpu_units
     return (
-        rules.reclaim is not Reclaim.NEVER
+        rules.reclaims
         and books.quota.limited
         and any(any(books.quota.within(job.queue, kind, units)) for kind in kinds)
     )

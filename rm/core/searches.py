@@ -16,7 +16,7 @@ from rm.core.keeping import Kept
 from rm.core.model import Gang, Job
 from rm.core.options import Option, Options
 from rm.core.outlast import Outlast
-from rm.core.policy import ANY, Order, Preempt, Reclaim
+from rm.core.policy import ANY, Order, Reclaim
 from rm.core.preemption import Eviction, Victims
 from rm.core.state import ClusterState
 
@@ -159,7 +159,7 @@ class Searches:
 
     def _by_priority(self, queue: str) -> bool:
         rules = self._state.policy.queues[queue]
-        return rules.preempt is Preempt.LOWER or rules.reclaim is Reclaim.LOWER
+        return rules.preempts or rules.reclaim is Reclaim.LOWER
 
     def _fails_again(self, failed: Failed) -> bool:
         """Also asks for a cycle at the time when that may have changed."""
@@ -193,12 +193,12 @@ class Searches:
         mask = 0
         if (self._ranked and evictable) or queue in self._elastic_queues():
             mask = every
-        elif rules.preempt is Preempt.LOWER and queue in evictable:
+        elif rules.preempts and queue in evictable:
             lowest = min(evictable[queue])
             for lane in state.pending.lanes[queue].values():
                 if lane.priority > lowest:
                     mask |= lane.mask
-        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
+        if rules.reclaims and borrowers - {queue}:
             self._reclaimers.add(queue)
             self._by_rank_or_priority[queue] = mask
             mask |= self._within(queue)
