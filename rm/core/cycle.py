@@ -500,7 +500,7 @@ class Cycle:
         return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
 
     def _who_evicts(self) -> set[str]:
-        """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
+        """The queues whose jobs might have somebody evicted, or had. Cheap; never leaves one out that could."""
         if self._evictors is None:
             books, queues = self.state.books, self.state.policy.queues
             borrowers: set[str] = set()
@@ -512,10 +512,12 @@ class Cycle:
                     if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
                 }
             ranked = self.state.policy.order is Order.SHORTEST_FIRST and bool(books.evictable)
+            claims = {_stopped_for(self.state, each) for each in books.ending}
             self._evictors = {
                 queue
                 for queue in self.state.pending.groups
-                if queue in queues and (ranked or books.elastic or self._evicts(queue, borrowers))
+                if queue in queues
+                and (ranked or books.elastic or queue in claims or self._evicts(queue, borrowers))
             }
         return self._evictors
 
@@ -607,6 +609,13 @@ class Cycle:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
         return job.gang if rules is None else job.gang.on(rules.labels)
+
+
+def _stopped_for(state: ClusterState, job_id: str) -> str:
+    """The queue of the job for which this one was evicted; "" where it was not, or that job is gone."""
+    attempt = state.jobs[job_id].attempt
+    claimant = state.jobs.get(attempt.stop_by) if attempt is not None else None
+    return claimant.queue if claimant is not None else ""
 
 
 def _notes(state: ClusterState) -> Notes:
