@@ -21,7 +21,7 @@ from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, Phase, StopCause
-from rm.core.policy import ANY, Preempt, Reclaim
+from rm.core.policy import ANY, Order, Preempt, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT
@@ -243,8 +243,11 @@ def _candidates(
 
 def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool:
     """Whether `job` would be first if both waited: else `other`, shrunk for it, would take all back at once."""
-    if job.priority != other.priority or job.owner == other.owner:
+    order = state.policy.order
+    if job.priority != other.priority or job.owner == other.owner or order is Order.FIFO:
         return (-job.priority, job.seq) < (-other.priority, other.seq)
+    if order is Order.SHORTEST_FIRST:
+        return False  # `outlast` asks whether it pays
     standings = []
     for each in (job, other):
         usage = state.books.usage.get((each.queue, each.owner))
