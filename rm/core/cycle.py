@@ -42,7 +42,7 @@ from rm.core.keeping import Kept
 from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import Given, Line, Turn, queue_key
-from rm.core.outlast import LOOK_AGAIN_S, Outlast
+from rm.core.outlast import LOOK_AGAIN_S, Outlast, waited_long
 from rm.core.pending import Group
 from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
@@ -118,15 +118,17 @@ class Cycle:
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
-        self._hopeless: set[tuple[str, str, Gang]] = set()
+        self._hopeless: set[tuple[str, str, Gang, tuple[int, bool]]] = set()
         """The same for whom nothing could be kept: whoever comes behind has no better right to it."""
         self._full_in_time: set[tuple[str, str, Gang]] = set()
         """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
         self._evictors: set[str] | None = None
+        self._rightful: set[str] = set()
+        """Those of them that have a right to others' GPUs, whatever the order."""
         self._victims: Outlast | None = None
-        self._no_victims: set[tuple[str, Gang]] = set()
+        self._no_victims: set[tuple[str, Gang, tuple[int, bool]]] = set()
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
@@ -282,7 +284,7 @@ class Cycle:
             return True
         if self._in_time(turn, options):
             return True
-        same = job.queue, job.owner, job.gang
+        same = job.queue, job.owner, job.gang, self._standing(job)
         if same not in self._hopeless:
             self._blocked(job, options)
             if job.id not in self.kept.reservations and self._covered():
@@ -373,7 +375,7 @@ class Cycle:
                 self._keep(job, option, coming)
                 return
         if may_hold and job.queue in self._who_evicts():
-            same = job.queue, job.gang
+            same = job.queue, job.gang, self._standing(job)
             for option in options if same not in self._no_victims else ():
                 eviction = self._evict(job, option)
                 if eviction is not None:
@@ -483,9 +485,20 @@ class Cycle:
             self.bounds.add("evictions_per_cycle")
             return None
         self._searches += 1
-        if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self.kept.owed(), self._stopped)
-        return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
+        ranked, found = self.state.policy.order is Order.SHORTEST_FIRST, None
+        if job.queue in self._rightful:
+            found = evict(
+                job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at
+            )
+        if found is None and ranked:
+            return self._outlast().evict(job, option.kind, option.classes, self._promised(), self.kept.fresh)
+        return found
+
+    def _standing(self, job: Job) -> tuple[int, bool]:
+        """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""
+        if self.state.policy.order is not Order.SHORTEST_FIRST:
+            return 0, False
+        return job.priority, waited_long(job, self.now, self.state)
 
     def _outlast(self) -> Outlast:
         if self._victims is None:
@@ -511,14 +524,11 @@ class Cycle:
                     for queue in books.evictable
                     if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
                 }
+            waiting = {queue for queue in self.state.pending.groups if queue in queues}
+            self._rightful = {each for each in waiting if books.elastic or self._evicts(each, borrowers)}
             ranked = self.state.policy.order is Order.SHORTEST_FIRST and bool(books.evictable)
             claims = {_stopped_for(self.state, each) for each in books.ending}
-            self._evictors = {
-                queue
-                for queue in self.state.pending.groups
-                if queue in queues
-                and (ranked or books.elastic or queue in claims or self._evicts(queue, borrowers))
-            }
+            self._evictors = waiting if ranked else self._rightful | (claims & waiting)
         return self._evictors
 
     def _evicts(self, queue: str, borrowers: set[str]) -> bool:
