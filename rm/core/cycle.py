@@ -41,7 +41,7 @@ from rm.core.explain import reason_of
 from rm.core.keeping import Kept
 from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
-from rm.core.order import Given, Line, Turn, queue_key
+from rm.core.order import Given, Line, Turn, borrowing, queue_key
 from rm.core.outlast import LOOK_AGAIN_S, Outlast, waited_long
 from rm.core.pending import Group
 from rm.core.placement import feasible, may_fit, place_elastic
@@ -199,7 +199,8 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self._given)
+        limited = self.state.books.quota.limited
+        line = Line(groups, self.state, self._given, self._borrowing if limited else None)
         while not self._finished() and self._serve(line):
             pass
 
@@ -587,6 +588,12 @@ class Cycle:
             return 0
         with self.kept.lifted():
             return self._fitting() & short
+
+    def _borrowing(self, group: Group) -> float:
+        gang, quota = group.shape.gang, self.state.books.quota
+        units = gang.minimum * gang.bundle.gpu_units
+        kinds = {option.kind for option in self.notes.options.of(group.queue, gang)}
+        return min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota

@@ -5,19 +5,24 @@ weighted share, level by level from the top of the tree; then allocated / nomina
 that has waited for `max_age` counts one name higher), then the owner's decayed usage, then submission.
 
 FIFO: priority, then submission, over all queues. SHORTEST_FIRST: priority, then
-what needs the fewest GPU-seconds more, as far as anybody can tell (`gittins`).
+what needs the fewest GPU-seconds more, as far as anybody can tell (`gittins`). Where there are quotas, whoever stays
+within what it owns comes before all that under both: else what it takes back would go to its victim again.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rm.core.fairshare import soon
 from rm.core.outlast import rank_waiting
 from rm.core.pending import Group
 from rm.core.policy import Order
 from rm.core.state import ClusterState
+
+
+MOST_LEVELS = 12
+"""Levels of queues that `borrowing` tells apart."""
 
 
 class Given:
@@ -75,11 +80,19 @@ class Turn:
 class Line:
     """Groups in order: those of one queue, or of all. An owner who is served steps back at once."""
 
-    __slots__ = ("_given", "_heap", "_state")
+    __slots__ = ("_borrowing", "_given", "_heap", "_state")
 
-    def __init__(self, groups: Iterable[Group], state: ClusterState, given: Given) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        state: ClusterState,
+        given: Given,
+        borrowing: Callable[[Group], float] | None = None,
+    ) -> None:
+        """`borrowing`: see the function of that name; None where no quotas or other queues are to be compared."""
         self._state = state
         self._given = given
+        self._borrowing = borrowing
         self._heap = [self._entry(Turn(group)) for group in groups]
         heapq.heapify(self._heap)
 
@@ -106,7 +119,10 @@ class Line:
 
     def _entry(self, turn: Turn) -> tuple[tuple[float, ...], int, Turn]:
         # (priority, …, seq) is unique: no two turns are ever compared.
-        return group_key(turn, self._state, self._given), turn.seq, turn
+        key = group_key(turn, self._state, self._given)
+        if self._borrowing is not None:
+            key = (self._borrowing(turn.group), *key)
+        return key, turn.seq, turn
 
 
 def group_key(turn: Turn, state: ClusterState, given: Given) -> tuple[float, ...]:
@@ -119,6 +135,12 @@ def group_key(turn: Turn, state: ClusterState, given: Given) -> tuple[float, ...
         return (-group.priority, seq)
     job = state.jobs[turn.job_id]
     return (-group.priority, rank_waiting(job, state) * job.gang.gpu_units, seq)
+
+
+def borrowing(within: tuple[bool, ...]) -> float:
+    """0 where a queue stays within what it owns on every level of the tree; more, the further up it would borrow."""
+    levels = (*within, *within[-1:] * (MOST_LEVELS - len(within)))
+    return sum(0.5**level for level, owns in enumerate(levels) if not owns) + 2.0 * (not any(within))
 
 
 def queue_key(queue: str, within: tuple[bool, ...], state: ClusterState) -> tuple[object, ...]:
