@@ -31,8 +31,6 @@ MOST_CANDIDATES = 5_000
 """Attempts considered for one preemptor; beyond that only the cheapest are looked at."""
 AT_ONCE_S = 1.0
 """What has only just been admitted is left alone for this long: no decision is taken back in the same breath."""
-SETTLE_S = 60.0
-"""How long an elastic gang keeps what it took above its minimum before equals may ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +226,7 @@ def _candidates(
             continue
         protected_until = _protected_until(other, attempt, state)
         if shrinks:
-            settled = max(protected_until, attempt.admitted_at + SETTLE_S)
+            settled = max(protected_until, attempt.admitted_at + state.policy.settle_s)
             if settled > now:
                 wake(settled)
             else:
