@@ -131,6 +131,7 @@ class Cycle:
         self._no_victims: set[tuple[str, Gang, tuple[int, bool]]] = set()
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
+        self._claims = self._victims_gone()
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
@@ -199,8 +200,7 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        limited = self.state.books.quota.limited
-        line = Line(groups, self.state, self._given, self._borrowing if limited else None)
+        line = Line(groups, self.state, self._given, self._before)
         while not self._finished() and self._serve(line):
             pass
 
@@ -495,6 +495,14 @@ class Cycle:
             return self._outlast().evict(job, option.kind, option.classes, self._promised(), self.kept.fresh)
         return found
 
+    def _victims_gone(self) -> frozenset[str]:
+        """By rank: those for whom others were stopped that are gone now. Who stands before them had no right to it."""
+        if self.state.policy.order is not Order.SHORTEST_FIRST:
+            return frozenset()
+        jobs, held = self.state.jobs, self.notes.reservations.values()
+        going = {attempt.stop_by for each in self.state.books.ending if (attempt := jobs[each].attempt)}
+        return frozenset(each.job_id for each in held if each.evicting and each.job_id not in going)
+
     def _standing(self, job: Job) -> tuple[int, bool]:
         """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""
         if self.state.policy.order is not Order.SHORTEST_FIRST:
@@ -589,11 +597,17 @@ class Cycle:
         with self.kept.lifted():
             return self._fitting() & short
 
-    def _borrowing(self, group: Group) -> float:
-        gang, quota = group.shape.gang, self.state.books.quota
+    def _before(self, turn: Turn) -> tuple[float, ...]:
+        """What counts more than the order over all queues: whose victims go, then who takes what is its own."""
+        quota, group = self.state.books.quota, turn.group
+        claims = turn.job_id not in self._claims
+        if not quota.limited:
+            return (claims,)
+        gang = group.shape.gang
         units = gang.minimum * gang.bundle.gpu_units
         kinds = {option.kind for option in self.notes.options.of(group.queue, gang)}
-        return min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
+        most = min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
+        return claims, most
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota

@@ -20,7 +20,6 @@ from rm.core.pending import Group
 from rm.core.policy import Order
 from rm.core.state import ClusterState
 
-
 MOST_LEVELS = 12
 """Levels of queues that `borrowing` tells apart."""
 
@@ -80,19 +79,19 @@ class Turn:
 class Line:
     """Groups in order: those of one queue, or of all. An owner who is served steps back at once."""
 
-    __slots__ = ("_borrowing", "_given", "_heap", "_state")
+    __slots__ = ("_before", "_given", "_heap", "_state")
 
     def __init__(
         self,
         groups: Iterable[Group],
         state: ClusterState,
         given: Given,
-        borrowing: Callable[[Group], float] | None = None,
+        before: Callable[[Turn], tuple[float, ...]] | None = None,
     ) -> None:
-        """`borrowing`: see the function of that name; None where no quotas or other queues are to be compared."""
+        """`before`: what comes before all else in the order."""
         self._state = state
         self._given = given
-        self._borrowing = borrowing
+        self._before = before
         self._heap = [self._entry(Turn(group)) for group in groups]
         heapq.heapify(self._heap)
 
@@ -120,8 +119,8 @@ class Line:
     def _entry(self, turn: Turn) -> tuple[tuple[float, ...], int, Turn]:
         # (priority, …, seq) is unique: no two turns are ever compared.
         key = group_key(turn, self._state, self._given)
-        if self._borrowing is not None:
-            key = (self._borrowing(turn.group), *key)
+        if self._before is not None:
+            key = (*self._before(turn), *key)
         return key, turn.seq, turn
 
 
