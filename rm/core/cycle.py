@@ -132,6 +132,7 @@ class Cycle:
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._claims = self._victims_gone()
+        """Who comes first because others were stopped for it."""
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
@@ -200,7 +201,8 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self._given, self._before)
+        plain = not self._claims and not self.state.books.quota.limited
+        line = Line(groups, self.state, self._given, None if plain else self._before)
         while not self._finished() and self._serve(line):
             pass
 
@@ -496,7 +498,7 @@ class Cycle:
         return found
 
     def _victims_gone(self) -> frozenset[str]:
-        """By rank: those for whom others were stopped that are gone now. Who stands before them had no right to it."""
+        """By rank: those for whom others were stopped that are gone. Who stands before them had no right to that."""
         if self.state.policy.order is not Order.SHORTEST_FIRST:
             return frozenset()
         jobs, held = self.state.jobs, self.notes.reservations.values()
@@ -598,7 +600,7 @@ class Cycle:
             return self._fitting() & short
 
     def _before(self, turn: Turn) -> tuple[float, ...]:
-        """What counts more than the order over all queues: whose victims go, then who takes what is its own."""
+        """What counts more than the order over all queues: whose victims have gone, then who takes its own."""
         quota, group = self.state.books.quota, turn.group
         claims = turn.job_id not in self._claims
         if not quota.limited:

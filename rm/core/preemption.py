@@ -3,7 +3,8 @@
 Two rights. *Inside a queue* a higher priority may evict a lower one, where the queue says `preempt: lower`.
 *Between queues* a job that fits its queue's nominal quota may take back what other queues borrow (`reclaim`).
 Never evicted: a job that is not preemptible, one that has not run for its `min_runtime`, one whose queue does not
-borrow (for reclaim). So a victim can never take the place back: it has a lower priority, or no quota to claim.
+borrow (for reclaim), and for a priority one whose age would lift it to that. So a victim can never take the place
+back: it has a lower priority, or no quota to claim.
 
 Order of victims: jobs of borrowing queues first, then the lowest priority, then the least loss (GPUs × seconds
 since the last checkpoint). They are added until the gang fits; then, from the last to the first, each one that is
@@ -21,6 +22,7 @@ from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, Phase, StopCause
+from rm.core.pending import ONE_NAME
 from rm.core.policy import ANY, Order, Preempt, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
@@ -187,6 +189,7 @@ def _candidates(
     quota = state.books.quota
     units = job.gang.minimum * job.gang.bundle.gpu_units
     inside = queue.preempt is Preempt.LOWER
+    mine = _counts(job, state, now)
     across = (
         queue.reclaim is not Reclaim.NEVER and quota.limited and any(quota.within(job.queue, kind, units))
     )
@@ -215,7 +218,7 @@ def _candidates(
         same = other.queue == job.queue
         borrowing = across and not same and borrows(other.queue, state.books.kind(attempt))
         if same:
-            allowed = inside and other.priority < job.priority
+            allowed = inside and other.priority < job.priority and _counts(other, state, now) < mine
         else:
             allowed = borrowing and (queue.reclaim is Reclaim.ANY or other.priority < job.priority)
         least = other.gang.minimum
@@ -242,10 +245,13 @@ def _candidates(
 def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool:
     """Whether `job` would be first if both waited: else `other`, shrunk for it, would take all back at once."""
     order = state.policy.order
-    if job.priority != other.priority or job.owner == other.owner or order is Order.FIFO:
-        return (-job.priority, job.seq) < (-other.priority, other.seq)
+    mine, theirs = _counts(job, state, now), _counts(other, state, now)
+    if mine != theirs:
+        return mine > theirs
     if order is Order.SHORTEST_FIRST:
         return False  # `outlast` asks whether it pays
+    if job.owner == other.owner or order is Order.FIFO:
+        return job.seq < other.seq
     standings = []
     for each in (job, other):
         usage = state.books.usage.get((each.queue, each.owner))
@@ -253,6 +259,16 @@ def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool
         now_held = usage.standing(now, state.policy.half_life_s) if usage is not None else 0.0
         standings.append(now_held + soon(held, state.policy.half_life_s))
     return standings[0] < standings[1]
+
+
+def _counts(job: Job, state: ClusterState, now: float) -> int:
+    """The job's priority in the order; for one that runs, if it were evicted now: it comes back with its age."""
+    group = state.pending.group_of(job.id)
+    if group is not None:
+        return group.priority
+    policy = state.policy
+    aged = policy.order is not Order.SHORTEST_FIRST and now - job.submitted_at >= policy.max_age_s
+    return job.priority + ONE_NAME * aged
 
 
 def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
