@@ -164,7 +164,7 @@ class AnyPolicy(RuleBasedStateMachine):
         history = self.fake.history
         for event in history[self.seen :]:
             if isinstance(event, StopRequested) and event.cause is StopCause.PREEMPTED:
-                victim = self.fake.state.jobs[event.job_id]
+                victim = self.fake.state.jobs.get(event.job_id) or self.fake.ended[event.job_id]
                 assert victim.preemptible
             if isinstance(event, JobAdmitted):
                 job = self.fake.state.jobs.get(event.job_id)
