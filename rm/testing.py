@@ -139,6 +139,12 @@ class FakeCluster:
         self.policy = policy
         self.happen(PolicyChanged(self.now, policy))
 
+    def next_due(self) -> float | None:
+        """When the next thing is due."""
+        alarm = self.state.next_due(self.now)
+        moments = [alarm] if alarm is not None else []
+        return min([*moments, *(each[0] for each in self._due[:1])], default=None)
+
     def step(self) -> bool:
         """Move to the next thing that is due. False where nothing ever will be."""
         alarm = self.state.next_due(self.now)

@@ -43,8 +43,8 @@ from rm.core.explain import reason_of
 from rm.core.keeping import Kept
 from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
-from rm.core.order import FairLine, Given, Line, RankedLine, Turn, queue_key
-from rm.core.outlast import LOOK_AGAIN_S
+from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, queue_key
+from rm.core.outlast import LOOK_AGAIN_S, waited_long
 from rm.core.pending import Group
 from rm.core.placement import feasible, place_elastic
 from rm.core.policy import ANY, Backfill, Order
@@ -129,7 +129,7 @@ class Cycle:
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
-        self._hopeless: set[tuple[str, str, Gang]] = set()
+        self._hopeless: set[tuple[str, str, Gang, tuple[int, bool]]] = set()
         """The same for whom nothing could be kept: whoever comes behind has no better right to it."""
         self._full_in_time: set[tuple[str, str, Gang]] = set()
         """The same where jobs that end in time may look."""
@@ -141,6 +141,8 @@ class Cycle:
         self._searches = Searches(state, now, self.notes.options, failed, self._wake_at)
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
+        self._claims = self._victims_gone()
+        """Who comes first because others were stopped for it."""
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
@@ -227,7 +229,8 @@ class Cycle:
             self._walk_queues(queues)
             return
         groups = chain.from_iterable(self.state.pending.groups[queue].values() for queue in queues)
-        line = RankedLine(groups, self._worth, self.state)
+        plain = not self._claims and not self.state.books.quota.limited
+        line = RankedLine(groups, self._worth, self.state, None if plain else self._before)
         while not self._finished() and self._serve(line):
             pass
 
@@ -320,7 +323,7 @@ class Cycle:
             return True
         if self._in_time(turn, options):
             return True
-        same = job.queue, job.owner, job.gang
+        same = job.queue, job.owner, job.gang, self._standing(job)
         if same not in self._hopeless:
             self._blocked(job, options)
             if job.id not in self.kept.reservations and self._covered():
@@ -386,7 +389,13 @@ class Cycle:
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
+        quota = self.state.books.quota
+        owned = quota.limited and not quota.borrows(job.queue, option.kind)
         self._charge(job.queue, option.kind, units)
+        if owned and job.queue in self.state.books.evictable and quota.borrows(job.queue, option.kind):
+            # What runs in this queue may be taken back from now on: somebody ahead may have been refused it.
+            self._searches.refresh()
+            self._loosened = True
         self._given.give(job.queue, job.owner, units)
         self._loosened |= self.kept.took(job, places)
         if self._coming is not None:
@@ -545,6 +554,22 @@ class Cycle:
             if in_time:
                 yield job, in_time
 
+    # --- what shortest_first sets above the rank ------------------------------------------------------------
+
+    def _victims_gone(self) -> frozenset[str]:
+        """By rank: those for whom others were stopped that are gone. Who stands before them had no right to that."""
+        if self.state.policy.order is not Order.SHORTEST_FIRST:
+            return frozenset()
+        jobs, held = self.state.jobs, self.notes.reservations.values()
+        going = {attempt.stop_by for each in self.state.books.ending if (attempt := jobs[each].attempt)}
+        return frozenset(each.job_id for each in held if each.evicting and each.job_id not in going)
+
+    def _standing(self, job: Job) -> tuple[int, bool]:
+        """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""
+        if self.state.policy.order is not Order.SHORTEST_FIRST:
+            return 0, False
+        return job.priority, waited_long(job, self.now, self.state)
+
     def _wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
 
@@ -608,6 +633,18 @@ class Cycle:
         with self.kept.lifted():
             return fitting(self.state) & short
 
+    def _before(self, turn: Turn) -> tuple[float, ...]:
+        """What counts more than the order over all queues: whose victims have gone, then who takes its own."""
+        quota, group = self.state.books.quota, turn.group
+        claims = turn.job_id not in self._claims
+        if not quota.limited:
+            return (claims,)
+        gang = group.shape.gang
+        units = gang.minimum * gang.bundle.gpu_units
+        kinds = {option.kind for option in self.notes.options.of(group.queue, gang)}
+        most = min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
+        return claims, most
+
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota
         within: tuple[bool, ...] = (True,) * len(quota.path(queue))
@@ -639,6 +676,13 @@ class Cycle:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
         return job.gang if rules is None else job.gang.on(rules.labels)
+
+
+def _stopped_for(state: ClusterState, job_id: str) -> str:
+    """The queue of the job for which this one was evicted; "" where it was not, or that job is gone."""
+    attempt = state.jobs[job_id].attempt
+    claimant = state.jobs.get(attempt.stop_by) if attempt is not None else None
+    return claimant.queue if claimant is not None else ""
 
 
 def _notes(state: ClusterState) -> Notes:

@@ -5,7 +5,8 @@ weighted share, level by level from the top of the tree; then allocated / nomina
 that has waited for `max_age` counts one name higher), then the owner's decayed usage, then submission.
 
 FIFO: priority, then submission, over all queues. SHORTEST_FIRST: priority, then
-what needs the fewest GPU-seconds more, as far as anybody can tell (`gittins`).
+what needs the fewest GPU-seconds more, as far as anybody can tell (`gittins`). Where there are quotas, whoever stays
+within what it owns comes before all that under both: else what it takes back would go to its victim again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from rm.core.outlast import rank_waiting
 from rm.core.pending import Group, Lane
 from rm.core.policy import Order
 from rm.core.state import ClusterState
+
+MOST_LEVELS = 12
+"""Levels of queues that `borrowing` tells apart."""
 
 
 class Given:
@@ -183,21 +187,34 @@ class FairLine:
 
 
 class RankedLine:
-    """Groups of all queues, by a rank of their own: `fifo`, `shortest_first`."""
+    """Groups of all queues, by a rank of their own: `fifo`, `shortest_first`. `before`: what counts more than that."""
 
-    __slots__ = ("_heap", "_state")
+    __slots__ = ("_before", "_heap", "_state")
 
-    def __init__(self, groups: Iterable[Group], worth: Worth, state: ClusterState) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        worth: Worth,
+        state: ClusterState,
+        before: Callable[[Turn], tuple[float, ...]] | None = None,
+    ) -> None:
         self._state = state
+        self._before = before
         self._heap = [self._entry(Turn(group)) for group in groups if group.shape.bit & worth(group.queue)]
         heapq.heapify(self._heap)
 
     def first(self, worth: Worth) -> Turn | None:
         while self._heap:
-            turn = self._heap[0][-1]
-            if turn.group.shape.bit & worth(turn.group.queue):
+            key, _, turn = self._heap[0]
+            if not turn.group.shape.bit & worth(turn.group.queue):
+                heapq.heappop(self._heap)
+                continue
+            if self._before is None:
                 return turn
-            heapq.heappop(self._heap)
+            fresh = self._entry(turn)
+            if fresh[0] == key:
+                return turn
+            heapq.heapreplace(self._heap, fresh)
         return None
 
     def drop(self) -> None:
@@ -209,13 +226,20 @@ class RankedLine:
         if turn.index < len(turn.group.jobs):
             heapq.heappush(self._heap, self._entry(turn))
 
-    def _entry(self, turn: Turn) -> tuple[float, float, int, Turn]:
+    def _entry(self, turn: Turn) -> tuple[tuple[float, ...], int, Turn]:
         # (…, seq) is unique: no two turns are ever compared.
-        group = turn.group
+        before = () if self._before is None else self._before(turn)
         if self._state.policy.order is Order.FIFO:
-            return -group.priority, 0.0, turn.seq, turn
+            return (*before, -turn.group.priority), turn.seq, turn
         job = self._state.jobs[turn.job_id]
-        return -group.priority, rank_waiting(job, self._state) * job.gang.gpu_units, turn.seq, turn
+        needed_s = rank_waiting(job, self._state) * job.gang.gpu_units
+        return (*before, -turn.group.priority, needed_s), turn.seq, turn
+
+
+def borrowing(within: tuple[bool, ...]) -> float:
+    """0 where a queue stays within what it owns on every level of the tree; more, the further up it would borrow."""
+    levels = (*within, *within[-1:] * (MOST_LEVELS - len(within)))
+    return sum(0.5**level for level, owns in enumerate(levels) if not owns) + 2.0 * (not any(within))
 
 
 def queue_key(queue: str, within: tuple[bool, ...], state: ClusterState) -> tuple[object, ...]:

@@ -104,6 +104,8 @@ class Policy:
     """Plan backfill with predicted durations where there is no time limit. Then a wrong guess may delay the head."""
     min_runtime_s: float = 0.0
     """Nothing is evicted before it has run this long (a job may ask for more)."""
+    settle_s: float = 60.0
+    """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""
 
     def kinds(self) -> frozenset[str]:
         """The GPU types that quotas name, without ANY."""

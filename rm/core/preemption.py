@@ -3,7 +3,8 @@
 Two rights. *Inside a queue* a higher priority may evict a lower one, where the queue says `preempt: lower`.
 *Between queues* a job that fits its queue's nominal quota may take back what other queues borrow (`reclaim`).
 Never evicted: a job that is not preemptible, one that has not run for its `min_runtime`, one whose queue does not
-borrow (for reclaim). So a victim can never take the place back: it has a lower priority, or no quota to claim.
+borrow (for reclaim), and for a priority one whose age would lift it to that. So a victim can never take the place
+back: it has a lower priority, or no quota to claim.
 
 Order of victims: jobs of borrowing queues first, then the lowest priority, then the least loss (GPUs × seconds
 since the last checkpoint). They are added until the gang fits; then, from the last to the first, each one that is
@@ -24,6 +25,7 @@ from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, StopCause
+from rm.core.pending import ONE_NAME
 from rm.core.policy import ANY, Order, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
@@ -35,8 +37,6 @@ MOST_CANDIDATES = 5_000
 """Attempts considered for one preemptor; beyond that only the cheapest are looked at."""
 AT_ONCE_S = 1.0
 """What has only just been admitted is left alone for this long: no decision is taken back in the same breath."""
-SETTLE_S = 60.0
-"""How long an elastic gang keeps what it took above its minimum before equals may ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Victims:
         if first is None and not state.books.ending and not promised.stopped:
             return None
         quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
-        charged = quota_back(state, promised.stopped)
+        charged = quota_back(state, on_their_way)
 
         def charge(candidate: _Candidate, sign: int) -> None:
             entry = candidate.job.queue, candidate.run.kind, sign * candidate.units
@@ -174,13 +174,18 @@ class Victims:
         """Whom `job` may stop by right: elastic gangs' surplus first, then borrowers, then its own queue's."""
         queue = self._state.policy.queues[job.queue]
         lawful = self._lawful(job, kind)
+        mine = _counts(job, self._state, self._now)
         across = sorted({name for name, _ in lawful})
 
         def allowed(run: _Run, borrowing: bool) -> bool:
             if borrowing:
                 lower = queue.reclaim is Reclaim.ANY or run.job.priority < job.priority
                 return lower and (run.job.queue, run.kind) in lawful
-            return queue.preempts and run.job.priority < job.priority
+            return (
+                queue.preempts
+                and run.job.priority < job.priority
+                and _counts(run.job, self._state, self._now) < mine
+            )
 
         shrunk: set[str] = set()
         sides = (True, across), (False, [job.queue])
@@ -191,7 +196,7 @@ class Victims:
                 if allowed(run, borrowing) or (
                     not borrowing and _comes_before(job, run.job, self._state, self._now)
                 ):
-                    settled = max(run.spared_until, run.attempt.admitted_at + SETTLE_S)
+                    settled = max(run.spared_until, run.attempt.admitted_at + self._state.policy.settle_s)
                     if settled > self._now:
                         self._wake(settled)
                         continue
@@ -200,12 +205,8 @@ class Victims:
                     yield _Candidate(run, replace(run.attempt, placed=surplus), borrowing, True)
         for borrowing, queues in sides:
             for run in merge(*map(self._runs_of, queues), key=lambda each: each.key):
-                if run.job.id in spared:
+                if run.job.id in spared or not allowed(run, borrowing):
                     continue
-                if not allowed(run, borrowing):
-                    if borrowing:
-                        continue
-                    break  # those behind have no lower priority
                 if run.spared_until > self._now:
                     self._wake(run.spared_until)
                     continue
@@ -273,8 +274,14 @@ def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
 
 def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool:
     """Whether `job` would be first if both waited: else `other`, shrunk for it, would take all back at once."""
-    if job.priority != other.priority or job.owner == other.owner:
-        return (-job.priority, job.seq) < (-other.priority, other.seq)
+    order = state.policy.order
+    mine, theirs = _counts(job, state, now), _counts(other, state, now)
+    if mine != theirs:
+        return mine > theirs
+    if order is Order.SHORTEST_FIRST:
+        return False  # `outlast` asks whether it pays
+    if job.owner == other.owner or order is Order.FIFO:
+        return job.seq < other.seq
     standings = []
     for each in (job, other):
         usage = state.books.usage.get((each.queue, each.owner))
@@ -282,6 +289,16 @@ def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool
         now_held = usage.standing(now, state.policy.half_life_s) if usage is not None else 0.0
         standings.append(now_held + soon(held, state.policy.half_life_s))
     return standings[0] < standings[1]
+
+
+def _counts(job: Job, state: ClusterState, now: float) -> int:
+    """The job's priority in the order; for one that runs, if it were evicted now: it comes back with its age."""
+    group = state.pending.group_of(job.id)
+    if group is not None:
+        return group.priority
+    policy = state.policy
+    aged = policy.order is not Order.SHORTEST_FIRST and now - job.submitted_at >= policy.max_age_s
+    return job.priority + ONE_NAME * aged
 
 
 def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:

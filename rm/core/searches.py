@@ -8,14 +8,14 @@ the next cycle, where those that failed before him are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from rm.core.keeping import Kept
 from rm.core.model import Gang, Job
 from rm.core.options import Option, Options
-from rm.core.outlast import Outlast
+from rm.core.outlast import Outlast, waited_long
 from rm.core.policy import ANY, Order, Reclaim
 from rm.core.preemption import Eviction, Victims
 from rm.core.state import ClusterState
@@ -39,8 +39,8 @@ class Failed:
     spared_until: float
 
 
-Search = tuple[Gang, int, str]
-"""(gang, priority, kind): what decides, in one queue, whether victims are found."""
+Search = tuple[Gang, tuple[int, int], str]
+"""(gang, priority without and with age, kind): what decides, in one queue, whether victims are found."""
 Failures = dict[str, dict[Search, Failed]]
 """By queue."""
 
@@ -66,14 +66,14 @@ class Searches:
         self._victims = Victims(state, now, self._spare)
         self._outlast: Outlast | None = None
         self._made = 0
-        self._masks: dict[str, int] | None = None
-        self._in_vain: set[tuple[str, Gang, str]] = set()
-        """With `shortest_first`: whoever comes behind has a worse rank."""
+        self._masks: Mapping[str, int] | None = None
+        self._in_vain: set[tuple[object, ...]] = set()
+        """With `shortest_first`: whoever comes behind with as good a claim has a worse rank."""
         self._elastic: set[str] | None = None
         self._vain: dict[str, int] = {}
-        self._reclaimers: set[str] = set()
-        self._by_rank_or_priority: dict[str, int] = {}
-        """Of the reclaiming queues, the shapes that may evict for another reason."""
+        self._lawful: dict[str, int] | None = None
+        self._reclaimers: dict[str, int] = {}
+        """Queues that may take back what others borrow → the shapes that may evict for another reason."""
 
     @property
     def exhausted(self) -> bool:
@@ -87,9 +87,9 @@ class Searches:
     def mask(self, queue: str) -> int:
         """The bits of the shapes whose jobs might have somebody evicted. Never leaves one out that could."""
         mask = 0 if self.exhausted else self._all_masks().get(queue, 0)
-        if mask and queue in self._reclaimers:
+        if mask and not self._ranked and queue in self._reclaimers:
             # What is kept for the first of a queue is charged to it: the next has less to claim.
-            mask &= self._by_rank_or_priority[queue] | self._within(queue)
+            mask &= self._reclaimers[queue] | self._within(queue)
         return mask and mask & ~self._in_vain_for(queue)
 
     def unreached(self, job: Job, options: Sequence[Option]) -> bool:
@@ -100,15 +100,27 @@ class Searches:
         if not self._all_masks().get(job.queue, 0) & group.shape.bit:
             return False
         if self._ranked:
-            return all((job.queue, job.gang, each.kind) not in self._in_vain for each in options)
+            return all(self._claim(job, each) not in self._in_vain for each in options)
         failures = self._failed.get(job.queue, {})
         known = [failures.get(self._search(job, each)) for each in options]
         return not all(each is not None and self._fails_again(each) for each in known)
 
     def evict(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
         """The victims for `job` on one option, or None where there are none or the search is not worth it."""
-        if self._ranked:
-            return self._by_rank(job, option, kept, stopped)
+        found = self._by_right(job, option, kept, stopped) if self._all_rights().get(job.queue) else None
+        return self._by_rank(job, option, kept, stopped) if found is None and self._ranked else found
+
+    def refresh(self) -> None:
+        """A queue has begun to borrow in this cycle: what was not to be had before may be now."""
+        self._masks = self._lawful = None
+        self._reclaimers.clear()
+        self._vain.clear()
+        self._in_vain.clear()
+        for failures in self._failed.values():
+            for search in [each for each, failed in failures.items() if failed.at == self._now]:
+                del failures[search]
+
+    def _by_right(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
         search = self._search(job, option)
         failures = self._failed.setdefault(job.queue, {})
         failed = failures.get(search)
@@ -125,13 +137,13 @@ class Searches:
         return found
 
     def _by_rank(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
-        same = job.queue, job.gang, option.kind
+        same = self._claim(job, option)
         if same in self._in_vain:
             return None
         self._made += 1
         if self._outlast is None:
             self._outlast = Outlast(self._state, self._now)
-        found = self._outlast.evict(job, option.classes, kept.owed(), stopped)
+        found = self._outlast.evict(job, option.kind, option.classes, kept.promised(stopped), kept.fresh)
         if found is None:
             self._in_vain.add(same)
         return found
@@ -155,7 +167,12 @@ class Searches:
         return known
 
     def _search(self, job: Job, option: Option) -> Search:
-        return job.gang, job.priority if self._by_priority(job.queue) else 0, option.kind
+        group = self._state.pending.group_of(job.id)
+        lifted = group.priority if group is not None else job.priority
+        return job.gang, (job.priority, lifted) if self._by_priority(job.queue) else (0, 0), option.kind
+
+    def _claim(self, job: Job, option: Option) -> tuple[object, ...]:
+        return job.queue, job.gang, option.kind, job.priority, waited_long(job, self._now, self._state)
 
     def _by_priority(self, queue: str) -> bool:
         rules = self._state.policy.queues[queue]
@@ -176,13 +193,22 @@ class Searches:
         self._spared_until = min(self._spared_until, until)
         self._wake(until)
 
-    def _all_masks(self) -> dict[str, int]:
+    def _all_masks(self) -> Mapping[str, int]:
         """By queue, as things were when the cycle began: during a cycle rights only get fewer."""
         if self._masks is None:
-            borrowers = self._borrowers()
-            masks = {queue: self._rights(queue, borrowers) for queue in self._state.pending.groups}
-            self._masks = {queue: mask for queue, mask in masks.items() if mask}
+            rights = self._all_rights()
+            self._masks = rights
+            if self._ranked and self._state.books.evictable:
+                self._masks = self._state.pending.masks
         return self._masks
+
+    def _all_rights(self) -> dict[str, int]:
+        """The same, whatever the order."""
+        if self._lawful is None:
+            borrowers = self._borrowers()
+            rights = {queue: self._rights(queue, borrowers) for queue in self._state.pending.groups}
+            self._lawful = {queue: mask for queue, mask in rights.items() if mask}
+        return self._lawful
 
     def _rights(self, queue: str, borrowers: set[str]) -> int:
         state = self._state
@@ -191,7 +217,7 @@ class Searches:
             return 0
         every, evictable = state.pending.masks[queue], state.books.evictable
         mask = 0
-        if (self._ranked and evictable) or queue in self._elastic_queues():
+        if queue in self._elastic_queues():
             mask = every
         elif rules.preempts and queue in evictable:
             lowest = min(evictable[queue])
@@ -199,8 +225,7 @@ class Searches:
                 if lane.priority > lowest:
                     mask |= lane.mask
         if rules.reclaims and borrowers - {queue}:
-            self._reclaimers.add(queue)
-            self._by_rank_or_priority[queue] = mask
+            self._reclaimers[queue] = mask
             mask |= self._within(queue)
         return mask & every
 

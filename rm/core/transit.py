@@ -8,7 +8,7 @@ shape for places, a number of units per queue for quota. Only what an eviction w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rm.core.backfill import Promised, Reservation, class_ids, coming, needs, still_coming
 from rm.core.keeping import Kept
@@ -40,7 +40,7 @@ class Transit:
         self._stopped = stopped
         self._known: Promised | None = None
         self._ending = (*state.books.ending, *stopped)
-        self._back = quota_back(state, stopped)
+        self._back = quota_back(state, (state.jobs[job_id] for job_id in self._ending))
         self._room: dict[str, int] = {}
         """Queue → the most units that it could take once all quota is back."""
         self.claimants = self._find_claimants()
@@ -108,18 +108,19 @@ class Transit:
             old = None
         if old is not None and job.id in self.claimants:
             return self._again(old), False  # its quota was seen to when somebody was evicted for it
+        back = list(coming(state, job.id, promised))
         short = quota.available(job.queue, kind) < units
         if short:
-            for entry in self._back:
+            charged = quota_back(state, back)
+            for entry in charged:
                 quota.add(*entry)
             enough = quota.available(job.queue, kind) >= units
-            for queue, of_kind, change in reversed(self._back):
+            for queue, of_kind, change in reversed(charged):
                 quota.add(queue, of_kind, -change)
             if not enough:
                 return None, False
         if old is not None:
             return self._again(old), False
-        back = list(coming(state, job.id, promised))
         relief = Relief(job.gang, state.capacity, option.classes, promised.owed)
         met = [each for each in back if relief.give(each.gang.bundle, attempt_of(each))]
         places = relief.places() if met or short else None
@@ -197,11 +198,10 @@ def fitting(state: ClusterState) -> int:
     return mask
 
 
-def quota_back(state: ClusterState, stopped: Collection[str]) -> list[tuple[str, str, int]]:
-    """What the queues are charged less when all that is ending has ended. What is kept for others stays charged."""
+def quota_back(state: ClusterState, ending: Iterable[Job]) -> list[tuple[str, str, int]]:
+    """What the queues are charged less when these have ended. What is kept for others stays charged."""
     back: dict[tuple[str, str], int] = {}
-    for job_id in (*state.books.ending, *stopped):
-        job = state.jobs[job_id]
+    for job in ending:
         if job.queue in state.policy.queues:
             key = job.queue, state.books.kind(attempt_of(job))
             back[key] = back.get(key, 0) - job.held_units

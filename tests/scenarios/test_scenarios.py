@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.yaml"))
 EXPECTED = {"decisions", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
-    "now", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail", "lost", "unready",
-    "checkpoint", "cancel", "hold", "unhold", "submit", "steady", "note",
+    "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
+    "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
 }  # fmt: skip
 
 
