@@ -226,6 +226,7 @@ class Cycle:
         """One walk. An admission can change who comes first, and so for whom GPUs should have been kept."""
         self._fit = fitting(self.state)
         if self.state.policy.order is Order.FAIR:
+            self._admit_claimants()
             self._walk_queues(queues)
             return
         groups = chain.from_iterable(self.state.pending.groups[queue].values() for queue in queues)
@@ -233,6 +234,20 @@ class Cycle:
         line = RankedLine(groups, self._worth, self.state, None if plain else self._before)
         while not self._finished() and self._serve(line):
             pass
+
+    def _admit_claimants(self) -> None:
+        """Fair order: who was made room for gets it, unless a higher priority has come.
+
+        Those who stand before it now may owe that to the very eviction: their owner, or their queue, has less since.
+        """
+        pending = self.state.pending
+        for job_id in sorted(self._claims, key=lambda each: self.state.jobs[each].seq):
+            group, job = pending.group_of(job_id), self.state.jobs[job_id]
+            if group is None or job_id in self.admitted or not self.open(job.queue):
+                continue
+            if any(lane.priority > group.priority for lane in pending.lanes[job.queue].values()):
+                continue
+            self._admit_somewhere(job, self.notes.options.of(job.queue, job.gang), group.shape.bit)
 
     def _start_over(self) -> None:
         """Forget what was kept, but for those whose victims were told already."""
@@ -557,12 +572,23 @@ class Cycle:
     # --- what shortest_first sets above the rank ------------------------------------------------------------
 
     def _victims_gone(self) -> frozenset[str]:
-        """By rank: those for whom others were stopped that are gone. Who stands before them had no right to that."""
-        if self.state.policy.order is not Order.SHORTEST_FIRST:
-            return frozenset()
-        jobs, held = self.state.jobs, self.notes.reservations.values()
-        going = {attempt.stop_by for each in self.state.books.ending if (attempt := jobs[each].attempt)}
-        return frozenset(each.job_id for each in held if each.evicting and each.job_id not in going)
+        """Those for whom others were stopped that are gone. Who stands before them had no right to that."""
+        if self.state.policy.order is Order.FIFO:
+            return frozenset()  # there an eviction changes nobody's place
+        return frozenset(
+            each.job_id
+            for each in self.notes.reservations.values()
+            if each.evicting and each.job_id in self.state.pending and not self._still_there(each)
+        )
+
+    def _still_there(self, reservation: Reservation) -> bool:
+        """Whether any of those who were stopped for it holds GPUs yet."""
+        jobs = self.state.jobs
+        attempts = dict(reservation.counted)
+        return any(
+            each in jobs and jobs[each].attempt is not None and jobs[each].attempts == attempts.get(each)
+            for each in reservation.evicting
+        )
 
     def _standing(self, job: Job) -> tuple[int, bool]:
         """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""
