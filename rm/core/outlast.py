@@ -23,7 +23,7 @@ from rm.core.capacity import NodeClass, usable
 from rm.core.model import Attempt, Gang, Job, Node, StopCause, Strategy
 from rm.core.preemption import AT_ONCE_S, Eviction
 from rm.core.relief import Relief
-from rm.core.resources import GPU_UNIT
+from rm.core.resources import GPU_UNIT, Bundle
 from rm.core.state import ClusterState
 
 GAIN = 8.0
@@ -71,6 +71,30 @@ class _Claim:
     rank_s: float
     gpus: float
     aged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Amounts:
+    """What would be free on a node."""
+
+    units: int
+    cpu_milli: int
+    memory_bytes: int
+
+    def plus(self, job: Job, node_id: str, sign: int) -> _Amounts:
+        count, bundle = sign * _on(job, node_id), job.gang.bundle
+        return _Amounts(
+            self.units + count * bundle.gpu_units,
+            self.cpu_milli + count * bundle.cpu_milli,
+            self.memory_bytes + count * bundle.memory_bytes,
+        )
+
+    def hold(self, bundle: Bundle) -> bool:
+        return (
+            self.units >= bundle.gpu_units
+            and self.cpu_milli >= bundle.cpu_milli
+            and self.memory_bytes >= bundle.memory_bytes
+        )
 
 
 class Outlast:
@@ -149,7 +173,7 @@ class Outlast:
 
     def _on_one_node(self, mine: _Claim) -> Eviction | None:
         capacity, bundle = self._state.capacity, mine.job.gang.bundle
-        ids, need, on_their_way = class_ids(mine.classes), bundle.gpu_units, _by_node(mine.coming)
+        ids, on_their_way = class_ids(mine.classes), _by_node(mine.coming)
         offers: list[tuple[float, list[_Victim]]] = []
         for node_id, victims in self._victims(mine.aged).items():
             if node_id not in capacity or id(capacity.class_of(node_id)) not in ids:
@@ -157,21 +181,27 @@ class Outlast:
             node = capacity[node_id]
             if not _copies(mine.job.gang, node):
                 continue
-            free = usable(node).free.count(GPU_UNIT) * GPU_UNIT
-            free += on_their_way.get(node_id, 0) - mine.promised.owed.get(node_id, 0)
+            free = _Amounts(
+                usable(node).free.count(GPU_UNIT) * GPU_UNIT - mine.promised.owed.get(node_id, 0),
+                node.cpu_free_milli - node.foreign_cpu_milli,
+                node.memory_free_bytes - node.foreign_memory_bytes,
+            )
+            for other in on_their_way.get(node_id, ()):
+                free = free.plus(other, node_id, +1)
             chosen: list[_Victim] = []
             for each in victims:
-                if free >= need:
+                if free.hold(bundle):
                     break
                 if self._may_stop(mine, each):
                     chosen.append(each)
-                    free += each.job.held_units
-            if free < need:
+                    free = free.plus(each.job, node_id, +1)
+            if not free.hold(bundle):
                 continue
             for each in list(reversed(chosen)):
-                if free - each.job.held_units >= need:
+                less = free.plus(each.job, node_id, -1)
+                if less.hold(bundle):
                     chosen.remove(each)
-                    free -= each.job.held_units
+                    free = less
             if chosen and _pays(mine, chosen):
                 offers.append((sum(each.cost_s * each.gpus for each in chosen), chosen))
         offers.sort(key=lambda each: each[0])
@@ -197,7 +227,8 @@ class Outlast:
                         offers.append((0.0, per_node, node.id, []))
                         continue
                     here = [each for each in by_node.get(node.id, ()) if self._may_stop(mine, each)]
-                    freed = on_their_way.get(node.id, 0) + sum(each.job.held_units for each in here)
+                    leaving = (*on_their_way.get(node.id, ()), *(each.job for each in here))
+                    freed = sum(_on(each, node.id) * each.gang.bundle.gpu_units for each in leaving)
                     if free * GPU_UNIT + freed >= group.key.gpu_slots * GPU_UNIT:
                         offers.append(
                             (sum(each.cost_s * each.gpus for each in here), per_node, node.id, here)
@@ -304,13 +335,18 @@ def _copies(gang: Gang, node: Node) -> int:
     return 0 if gang.strategy is Strategy.STRICT_PACK and copies < gang.minimum else copies
 
 
-def _by_node(jobs: Iterable[Job]) -> dict[str, int]:
-    """Units that these jobs hold on each node."""
-    held: dict[str, int] = {}
+def _by_node(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    """Which of these jobs hold something on each node."""
+    held: dict[str, list[Job]] = {}
     for job in jobs:
-        for each in _attempt(job).placed:
-            held[each.node_id] = held.get(each.node_id, 0) + job.gang.bundle.gpu_units
+        for node_id in {each.node_id for each in _attempt(job).placed}:
+            held.setdefault(node_id, []).append(job)
     return held
+
+
+def _on(job: Job, node_id: str) -> int:
+    """The job's bundles on the node."""
+    return sum(each.node_id == node_id for each in _attempt(job).placed)
 
 
 def _least_units(job: Job) -> int:

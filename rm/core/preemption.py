@@ -79,7 +79,7 @@ def in_transit(
     quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
     back = list(coming(state, job.id, promised))
     short = quota.available(job.queue, kind) < units
-    charged = _quota_back(state, promised)
+    charged = _quota_back(state, back)
     for entry in charged:
         quota.add(*entry)
     enough = quota.available(job.queue, kind) >= units
@@ -130,7 +130,7 @@ def evict(
         candidates = sorted(
             _candidates(job, state, kind, now, promised.stopped, wake), key=lambda each: each.rank(now)
         )
-        charged += _quota_back(state, promised)
+        charged += _quota_back(state, on_their_way)
         for entry in charged:
             quota.add(*entry)
         if enough():
@@ -277,9 +277,8 @@ def _protected_until(job: Job, attempt: Attempt, state: ClusterState) -> float:
     return max(attempt.admitted_at + AT_ONCE_S, since + spare_s)
 
 
-def _quota_back(state: ClusterState, promised: Promised) -> list[tuple[str, str, int]]:
-    """What the queues are charged less when all that is ending has ended. What is kept for others stays charged."""
-    ending = [state.jobs[job_id] for job_id in (*state.books.ending, *promised.stopped)]
+def _quota_back(state: ClusterState, ending: Sequence[Job]) -> list[tuple[str, str, int]]:
+    """What the queues are charged less when these have ended. What is kept for others stays charged."""
     return [
         (each.queue, state.books.kind(_attempt(each)), -each.held_units)
         for each in ending
