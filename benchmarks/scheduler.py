@@ -145,6 +145,8 @@ def loaded(nodes: int, waiting: int, queues: int, *, quotas: bool = True) -> Loa
             break
         while load.stopping:
             load.a_job_ends()
+    while load.state.books.unchecked:
+        load.decide()
     return load
 
 

@@ -40,7 +40,8 @@ class Why(dict[str, Any]):
         if p50_s is None:
             return f"no estimate of its start: {forecast['basis']}"
         late = "later than can be told" if p90_s is None else f"{about(p90_s)} in the worst of ten cases"
-        return f"it will start in {about(p50_s)}, {late} (estimated)"
+        on_type = f" on {forecast['gpu_type']}" if forecast.get("gpu_type") else ""
+        return f"it will start{on_type} in {about(p50_s)}, {late} (estimated)"
 
 
 def about(seconds: float) -> str:

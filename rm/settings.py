@@ -209,6 +209,7 @@ class Settings(BaseModel):
     max_age: SomeSpan = DAY_S
     patience: Span = 0.0
     min_runtime: Span = 0.0
+    settle: Span = 60.0
     predicted_limits: Flag = False
     admins: Owners = ()
 
@@ -237,6 +238,7 @@ class Settings(BaseModel):
             "patience_s": self.patience,
             "predicted_limits": self.predicted_limits,
             "min_runtime_s": self.min_runtime,
+            "settle_s": self.settle,
         }
         places = list(_places(self))
         if not places:

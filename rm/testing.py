@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from rm.core.backfill import still_good
+from rm.core.backfill import Reservation, needs, still_good
 from rm.core.cycle import Notes, schedule
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
@@ -31,7 +31,7 @@ from rm.core.events import (
 )
 from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy
 from rm.core.policy import Policy
-from rm.core.resources import GPU_UNIT, Bundle, gpu_units
+from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, gpu_units
 from rm.core.state import ClusterState
 from rm.errors import InternalError
 
@@ -63,10 +63,10 @@ class FakeCluster:
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     ended: dict[str, Job] = field(default_factory=dict)
     history: list[Event] = field(default_factory=list)
-    held: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
-    """The world's own books: (job id, attempt) → GPU units by node, as long as the group exists."""
-    dates: dict[str, float] = field(default_factory=dict)
-    """The shadow time that each reserved job was promised, as long as it keeps its reservation."""
+    held: dict[tuple[str, int], dict[str, Amount]] = field(default_factory=dict)
+    """The world's own books: (job id, attempt) → what it has by node, as long as the group exists."""
+    dates: dict[str, Reservation] = field(default_factory=dict)
+    """What each reserved job was promised, as long as it keeps its reservation."""
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _count: int = 0
     _jobs: int = 0
@@ -98,6 +98,7 @@ class FakeCluster:
         strategy: Strategy = Strategy.PACK,
         gpu_types: tuple[str, ...] = (),
         cpu_milli: int = 0,
+        memory_bytes: int = 0,
         kind: Kind = Kind.COMMAND,
         least: int = 0,
         owner: str = "someone",
@@ -107,7 +108,8 @@ class FakeCluster:
         seq = self._jobs = self._jobs + 1
         job_id = f"j{seq}"
         self.behaviours[job_id] = behaviour or Behaviour()
-        gang = Gang(Bundle(gpu_units(num_gpus), cpu_milli), count, strategy, gpu_types, least=least)
+        bundle = Bundle(gpu_units(num_gpus), cpu_milli, memory_bytes)
+        gang = Gang(bundle, count, strategy, gpu_types, least=least)
         job = Job(job_id, seq, name or job_id, owner, kind, gang, self.now, **fields)  # type: ignore[arg-type]
         self.happen(JobSubmitted(self.now, job))
         return job_id
@@ -136,6 +138,12 @@ class FakeCluster:
         self.dates.clear()
         self.policy = policy
         self.happen(PolicyChanged(self.now, policy))
+
+    def next_due(self) -> float | None:
+        """When the next thing is due."""
+        alarm = self.state.next_due(self.now)
+        moments = [alarm] if alarm is not None else []
+        return min([*moments, *(each[0] for each in self._due[:1])], default=None)
 
     def step(self) -> bool:
         """Move to the next thing that is due. False where nothing ever will be."""
@@ -174,12 +182,11 @@ class FakeCluster:
 
     def _must_be_free(self, event: JobAdmitted) -> None:
         gang = self.state.jobs[event.job_id].gang
-        for node_id in {placed.node_id for placed in event.placed}:
-            there = sum(nodes.get(node_id, 0) for nodes in self.held.values())
-            wanted = sum(gang.bundle.gpu_units for placed in event.placed if placed.node_id == node_id)
-            capacity = self.state.nodes[node_id].gpu_slots * GPU_UNIT
-            if there + wanted > capacity:
-                raise InternalError(f"{event.job_id} was given GPUs of {node_id} that are held")
+        for node_id, wanted in needs(gang.bundle, event.placed).items():
+            node = self.state.nodes[node_id]
+            there = sum((nodes.get(node_id, NOTHING) for nodes in self.held.values()), NOTHING)
+            if wanted.beyond(Amount(node.gpu_slots * GPU_UNIT, node.cpu_milli, node.memory_bytes) - there):
+                raise InternalError(f"{event.job_id} was given what others hold of {node_id}")
 
     def _answer(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -207,10 +214,7 @@ class FakeCluster:
         if fate == "unready" or any(each.node_id not in self.state.nodes for each in effect.placed):
             self._later(self.reserve_s, ReserveFailed(0, *key, "somebody else was quicker"))
             return
-        nodes: dict[str, int] = {}
-        for each in effect.placed:
-            nodes[each.node_id] = nodes.get(each.node_id, 0) + effect.gang.bundle.gpu_units
-        self.held[key] = nodes
+        self.held[key] = needs(effect.gang.bundle, effect.placed)
         self._later(self.reserve_s, PlacementReady(0, *key))
 
     @staticmethod
@@ -234,14 +238,15 @@ class FakeCluster:
     def check(self) -> None:
         """The state's own invariants, and that it charges at least what the world holds, node by node."""
         self.state.check()
-        charged: dict[str, int] = {}
+        charged: dict[str, Amount] = {}
         for job in self.state.jobs.values():
-            for placed in job.attempt.placed if job.attempt else ():
-                charged[placed.node_id] = charged.get(placed.node_id, 0) + job.gang.bundle.gpu_units
+            placed = job.attempt.placed if job.attempt else ()
+            for node_id, amount in needs(job.gang.bundle, placed).items():
+                charged[node_id] = charged.get(node_id, NOTHING) + amount
         for nodes in self.held.values():
-            for node_id, units in nodes.items():
-                charged[node_id] = charged.get(node_id, 0) - units
-        short = {node_id: units for node_id, units in charged.items() if units < 0}
+            for node_id, amount in nodes.items():
+                charged[node_id] = charged.get(node_id, NOTHING) - amount
+        short = {node_id: left for node_id, left in charged.items() if NOTHING.beyond(left)}
         if short:
             raise InternalError(f"held in the world and not charged: {short}")
 
@@ -249,7 +254,8 @@ class FakeCluster:
         """No backfill moves a promised date.
 
         What a cycle let pass a reservation leaves that reservation good; and without an admission (somebody with a
-        better right may come and take) a date that lies ahead comes no later.
+        better right may come and take) a date that lies ahead comes no later, as long as it is on the same nodes'
+        classes: where somebody with a better right has a reservation there now, others may have no date so early.
         """
         notes = self.state.plans.get("cycle")
         found = notes.reservations if isinstance(notes, Notes) else {}
@@ -258,7 +264,8 @@ class FakeCluster:
             job = self.state.jobs[job_id]
             if not still_good(reservation, self.state, job, self.now):
                 raise InternalError(f"{job_id} can't have {reservation.need} at {reservation.at} any more")
-            before = self.dates.get(job_id, reservation.at)
-            if not admitted and reservation.at > before:
-                raise InternalError(f"{job_id} was promised {before} and now gets {reservation.at}")
-        self.dates = {job_id: each.at for job_id, each in ahead.items()}
+            before = self.dates.get(job_id, reservation)
+            later = reservation.at > before.at and reservation.classes == before.classes
+            if later and not admitted:
+                raise InternalError(f"{job_id} was promised {before.at} and now gets {reservation.at}")
+        self.dates = ahead

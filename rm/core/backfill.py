@@ -2,32 +2,34 @@
 
 A reservation names the nodes on which the job will fit at the *shadow time* T, when the running jobs that end
 before T by their time limits have ended. A later job may start now if it ends before T by its own limit, or if it
-takes nothing on those nodes that the reservation needs at T. What must stay free for that is the `hold` of each
-node; it is subtracted from the node for everybody behind. Jobs without a limit count as endless: they never use a
-hold. Where only endless jobs stand in the way T is unknown (infinite), and the hold keeps what comes back.
+takes nothing on those nodes that the reservation needs at T: no GPUs, no CPUs, no memory. What must stay free for
+that is the `hold` of each node; it is subtracted from the node for everybody behind. Jobs without a limit count as
+endless: they never use a hold. Where only endless jobs stand in the way T is unknown (infinite), and the hold keeps
+what comes back.
 
 Source: Lifka, "The ANL/IBM SP scheduling system", JSSPP '95; Mu'alem and Feitelson, IEEE TPDS 2001.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import chain
 from math import inf
 
 from rm.core.books import START_S
-from rm.core.capacity import NodeClass, usable
+from rm.core.capacity import NodeClass, copies_in, usable
 from rm.core.model import Attempt, Job, PlacedBundle
 from rm.core.relief import Relief
-from rm.core.resources import GPU_UNIT, Devices
+from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, Devices
 from rm.core.state import ClusterState
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A date and places for one job. `need`: units by node. `at`: the shadow time, infinite where unknown.
+    """A date and places for one job. `need`: by node. `at`: the shadow time, infinite where unknown.
 
     `counted`: the attempts on those nodes whose end it waits for. `classes`: the node classes that it covers; a
     second reservation on other classes is possible.
@@ -36,7 +38,7 @@ class Reservation:
 
     job_id: str
     at: float
-    need: Mapping[str, int]
+    need: Mapping[str, Amount]
     classes: frozenset[int]
     counted: frozenset[tuple[str, int]] = frozenset()
     evicting: tuple[str, ...] = ()
@@ -46,22 +48,22 @@ class Reservation:
 class Promised:
     """What the running cycle has promised so far.
 
-    `owed`: units by node that reservations need beyond what is kept for them. `holders`: who has a reservation.
+    `owed`: by node, what reservations need beyond what is kept for them. `holders`: who has a reservation.
     `stopped`: whom the cycle has told to stop.
     """
 
-    owed: Mapping[str, int]
+    owed: Mapping[str, Amount]
     holders: Collection[str] = ()
     stopped: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Device slots of one node that the running cycle has given away, and when they come back by what is known."""
+    """A bundle that the running cycle has given away on one node, and when it comes back by what is known."""
 
     attempt: tuple[str, int]
     slots: tuple[int, ...]
-    units: int
+    bundle: Bundle
     end: float
 
 
@@ -76,28 +78,32 @@ def reserve(
     promised: Promised,
     now: float,
     fresh: Fresh = (),
+    sooner_than: float | None = None,
 ) -> Reservation | None:
-    """The earliest time and place for `job` by the ends that are known. None where it can never fit."""
+    """The earliest time and place for `job` by the ends that are known. None where it can never fit.
+
+    `sooner_than`: None too where it fits only at this time or later.
+    """
     relief = Relief(job.gang, state.capacity, classes, promised.owed)
     gone: set[tuple[str, int]] = set()
     dated = _by_end(state, job.id, promised, now, fresh)
     for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh)):
+        if sooner_than is not None and end >= sooner_than:
+            return None
         gone.add((other.id, attempt.number))
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
             if places is not None:
-                need = needs(job, places)
+                need = needs(job.gang.bundle, places)
                 counted = gone & (_on(need, state) | {(each.id, mine.number) for _, each, mine in fresh})
                 return Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
     return None
 
 
-def needs(job: Job, places: Sequence[PlacedBundle]) -> dict[str, int]:
-    """Units by node that these places take."""
-    need: dict[str, int] = {}
-    for each in places:
-        need[each.node_id] = need.get(each.node_id, 0) + job.gang.bundle.gpu_units
-    return need
+def needs(bundle: Bundle, places: Iterable[PlacedBundle]) -> dict[str, Amount]:
+    """What these places take, by node."""
+    counts = Counter(each.node_id for each in places)
+    return {node_id: Amount.of(bundle, count) for node_id, count in counts.items()}
 
 
 def class_ids(classes: Sequence[NodeClass]) -> frozenset[int]:
@@ -105,7 +111,7 @@ def class_ids(classes: Sequence[NodeClass]) -> frozenset[int]:
     return frozenset(id(each) for each in classes)
 
 
-def _on(node_ids: Mapping[str, int], state: ClusterState) -> set[tuple[str, int]]:
+def _on(node_ids: Iterable[str], state: ClusterState) -> set[tuple[str, int]]:
     """The attempts on these nodes."""
     ids = {job_id for node_id in node_ids for job_id in state.books.charged_on.get(node_id, ())}
     return {(job_id, state.jobs[job_id].attempts) for job_id in ids}
@@ -121,22 +127,62 @@ def still_good(
     """Whether an earlier cycle's reservation still holds its date: its nodes are there, and T is to come."""
     if reservation.at < now:
         return False
-    for node_id, units in reservation.need.items():
+    bundle = job.gang.bundle
+    for node_id, need in reservation.need.items():
         if node_id not in state.capacity:
             return False
         then = _free_at(node_id, reservation, state, (taken or {}).get(node_id, ()))
-        if then.copies(job.gang.bundle.gpu_units) * job.gang.bundle.gpu_units < units:
+        if then.copies(bundle) * bundle.gpu_units < need.gpu_units:
             return False
     return True
 
 
-def hold(reservation: Reservation, node_id: str, state: ClusterState, taken: Sequence[Taken]) -> int:
-    """Units of what is free on the node now that must stay free for the reservation."""
+def still_coming(
+    reservation: Reservation,
+    state: ClusterState,
+    job: Job,
+    owed: Mapping[str, Amount],
+    stopped: Collection[str],
+    taken: Mapping[str, Sequence[Taken]],
+) -> bool:
+    """Whether an earlier cycle's reservation of what is on its way back will be met where it was made."""
+    for job_id, attempt in reservation.counted:
+        other = state.jobs.get(job_id)
+        lives = other is not None and other.attempt is not None and other.attempts == attempt
+        if lives and job_id not in state.books.ending and job_id not in stopped:
+            return False
+    bundle = job.gang.bundle
+    for node_id, need in reservation.need.items():
+        if node_id not in state.capacity:
+            return False
+        others = owed.get(node_id, NOTHING)
+        then = _free_at(node_id, reservation, state, taken.get(node_id, ())).without(others)
+        if then.copies(bundle) * bundle.gpu_units < need.gpu_units:
+            return False
+    return True
+
+
+def hold(reservation: Reservation, node_id: str, state: ClusterState, taken: Sequence[Taken]) -> Amount:
+    """What of the free GPUs, CPUs and memory of the node must stay free for the reservation from now on."""
     need = reservation.need[node_id]
     if node_id not in state.capacity:
-        return 0
-    free_now = usable(state.capacity[node_id])
-    free_then = _free_at(node_id, reservation, state, taken)
+        return NOTHING
+    node = state.capacity[node_id]
+    then = _free_at(node_id, reservation, state, taken)
+    return Amount(
+        _devices_to_hold(need.gpu_units, usable(node), then.devices),
+        _to_hold(need.cpu_milli, node.cpu_free_milli - node.foreign_cpu_milli, then.cpu_milli),
+        _to_hold(need.memory_bytes, node.memory_free_bytes - node.foreign_memory_bytes, then.memory_bytes),
+    )
+
+
+def _to_hold(need: int, free_now: int, free_then: int) -> int:
+    """What of `free_now` must stay, so that `need` is there then. More than that will be spare."""
+    return max(0, free_now - max(0, free_then - need))
+
+
+def _devices_to_hold(need: int, free_now: Devices, free_then: Devices) -> int:
+    """The same in units of GPUs, where shares of different devices do not make a whole."""
     if need < GPU_UNIT:
         return min(need, max(free_now.free, default=0))
     spare = max(0, free_then.free.count(GPU_UNIT) - need // GPU_UNIT)
@@ -155,10 +201,45 @@ def end_if_started(job: Job, state: ClusterState, now: float) -> float:
     return inf if limit_s is None else now + START_S + limit_s + job.grace_s
 
 
-def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]) -> Devices:
-    """The node's devices once all that the reservation counts on has ended."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What is free on one node at some time."""
+
+    devices: Devices
+    cpu_milli: int
+    memory_bytes: int
+
+    def copies(self, bundle: Bundle) -> int:
+        return copies_in(bundle, self.devices, self.cpu_milli, self.memory_bytes)
+
+    def without(self, others: Amount) -> _Room:
+        return _Room(
+            self.devices.without_foreign(others.gpu_units),
+            self.cpu_milli - others.cpu_milli,
+            self.memory_bytes - others.memory_bytes,
+        )
+
+
+def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]) -> _Room:
+    """What is free on the node once all that the reservation counts on has ended."""
     node = state.capacity[node_id]
-    devices = Devices.whole(node.gpu_slots)
+    devices, cpu_milli, memory_bytes = Devices.whole(node.gpu_slots), node.cpu_milli, node.memory_bytes
+    for slots, bundle in _still_there(node_id, reservation, state, taken):
+        devices = devices.take_slots(slots, bundle.gpu_units)
+        cpu_milli -= bundle.cpu_milli
+        memory_bytes -= bundle.memory_bytes
+    # During a trial what is foreign includes what is kept for others.
+    return _Room(
+        devices.without_foreign(node.foreign_units),
+        cpu_milli - node.foreign_cpu_milli,
+        memory_bytes - node.foreign_memory_bytes,
+    )
+
+
+def _still_there(
+    node_id: str, reservation: Reservation, state: ClusterState, taken: Sequence[Taken]
+) -> Iterator[tuple[tuple[int, ...], Bundle]]:
+    """Device slots and bundle of whatever on the node will not have ended when the reservation is due."""
     for job_id in state.books.charged_on.get(node_id, ()):
         job = state.jobs[job_id]
         assert job.attempt is not None
@@ -170,12 +251,10 @@ def _free_at(node_id: str, reservation: Reservation, state: ClusterState, taken:
             continue
         for each in job.attempt.placed:
             if each.node_id == node_id:
-                devices = devices.take_slots(each.slots, job.gang.bundle.gpu_units)
+                yield each.slots, job.gang.bundle
     for mine in taken:
         if mine.attempt not in reservation.counted and not mine.end <= reservation.at < inf:
-            devices = devices.take_slots(mine.slots, mine.units)
-    # During a trial foreign_units includes what is kept for others.
-    return devices.without_foreign(node.foreign_units)
+            yield mine.slots, mine.bundle
 
 
 def coming(state: ClusterState, for_job: str, promised: Promised) -> Iterator[Job]:

@@ -38,8 +38,8 @@ class Books:
         self._end_of: dict[str, float] = {}
         self.ending: dict[str, None] = {}
         """Attempts that were told to stop or are being released: their GPUs are on the way back."""
-        self.timed: dict[str, float] = {}
-        """Running jobs → when their time limit ends them."""
+        self.deadlines: list[tuple[float, str]] = []
+        """(moment, id) of every running job that its time limit ends, in order."""
         self.dependents: dict[str, set[str]] = {}
         self.evictable: dict[str, dict[int, int]] = {}
         """Queue → priority → how many attempts may be evicted, `min_runtime` aside."""
@@ -47,6 +47,8 @@ class Books:
         """Queue → its attempts that are not ending."""
         self.elastic: dict[str, None] = {}
         """Attempts that hold more bundles than their gang's minimum."""
+        self.moves = 0
+        """Grows whenever GPUs change hands, or are on their way back."""
         self.unchecked: dict[str, None] = {}
         """Queued jobs that no cycle has looked at."""
 
@@ -108,6 +110,7 @@ class Books:
                 on.discard(job.id)
                 if not on:
                     del self.charged_on[node_id]
+        self.moves += 1
         units = sign * len(attempt.placed) * job.gang.bundle.gpu_units
         if job.queue in self._policy.queues:
             self.quota.add(job.queue, self.kind(attempt), units)
@@ -120,12 +123,13 @@ class Books:
     def _note_run(self, job: Job, attempt: Attempt) -> None:
         if attempt.stop is not None or attempt.phase is Phase.RELEASING:
             self.ending[job.id] = None
+            self.moves += 1
             return
         end = self._planned_end(job, attempt)
         self._end_of[job.id] = end
         insort(self.ends, (end, job.seq, job.id))
         if job.time_limit_s is not None and attempt.started_at is not None and attempt.phase is Phase.RUNNING:
-            self.timed[job.id] = attempt.started_at + job.time_limit_s
+            insort(self.deadlines, (attempt.started_at + job.time_limit_s, job.id))
         self.runs.setdefault(job.queue, {})[job.id] = None
         if len(attempt.placed) > job.gang.minimum:
             self.elastic[job.id] = None
@@ -139,7 +143,8 @@ class Books:
             return
         entry = (self._end_of.pop(job.id), job.seq, job.id)
         del self.ends[bisect_left(self.ends, entry)]
-        self.timed.pop(job.id, None)
+        if job.time_limit_s is not None and attempt.started_at is not None and attempt.phase is Phase.RUNNING:
+            del self.deadlines[bisect_left(self.deadlines, (attempt.started_at + job.time_limit_s, job.id))]
         self.elastic.pop(job.id, None)
         runs = self.runs[job.queue]
         del runs[job.id]

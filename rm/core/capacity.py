@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from rm.core.model import GPU_TYPE, Gang, Node, NodeShape, PlacedBundle
 from rm.core.records import replace
-from rm.core.resources import GPU_UNIT, Bundle, Devices
+from rm.core.resources import GPU_UNIT, Amount, Bundle, Devices
 
 MEMORY_STEP = 2**28
 """Shapes count memory in steps: machines of one type differ by a few bytes."""
@@ -74,6 +74,11 @@ def matches(gang: Gang, labels: Iterable[tuple[str, str]]) -> bool:
 def usable(node: Node) -> Devices:
     """What is free on the node for us: after our own charges and after what strangers hold."""
     return node.devices.without_foreign(node.foreign_units) if node.foreign_units else node.devices
+
+
+def foreign(node: Node) -> Amount:
+    """What strangers hold on the node; during a trial also what is kept free for others."""
+    return Amount(node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes)
 
 
 class Capacity:
@@ -211,11 +216,18 @@ class Capacity:
         """The inverse of `take`."""
         self._move(bundle, placed, -1)
 
-    def keep_free(self, node_id: str, units: int) -> None:
-        """Inside a trial: make `units` of the node's free devices unavailable, whole ones first; negative undoes."""
+    def keep_free(self, node_id: str, amount: Amount) -> None:
+        """Inside a trial: make so much of what is free unavailable, whole devices first; a negative amount undoes."""
         node = self._nodes.get(node_id)
-        if node is not None and units:
-            self._put(replace(node, foreign_units=node.foreign_units + units))
+        if node is not None and amount:
+            self._put(
+                replace(
+                    node,
+                    foreign_units=node.foreign_units + amount.gpu_units,
+                    foreign_cpu_milli=node.foreign_cpu_milli + amount.cpu_milli,
+                    foreign_memory_bytes=node.foreign_memory_bytes + amount.memory_bytes,
+                )
+            )
 
     def replace(self, node: Node) -> None:
         """Put another record of a node that is there: same class, other amounts."""

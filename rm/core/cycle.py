@@ -25,12 +25,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import Self
 
 from rm.core.backfill import (
     Promised,
     Reservation,
+    class_ids,
     end_if_started,
     reserve,
     still_good,
@@ -41,20 +43,26 @@ from rm.core.explain import reason_of
 from rm.core.keeping import Kept
 from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
-from rm.core.order import Given, Line, Turn, queue_key
-from rm.core.outlast import LOOK_AGAIN_S, Outlast
+from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, queue_key
+from rm.core.outlast import LOOK_AGAIN_S, waited_long
 from rm.core.pending import Group
-from rm.core.placement import feasible, may_fit, place_elastic
-from rm.core.policy import ANY, Backfill, Order, Preempt, Reclaim
-from rm.core.preemption import Eviction, evict, in_transit
+from rm.core.placement import feasible, place_elastic
+from rm.core.policy import ANY, Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
+from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
+from rm.core.transit import Transit, fitting
 
-EVICTIONS_PER_CYCLE = 16
-"""Searches for victims in one cycle. Whoever is not reached waits for the next event."""
+KEPT_COMING = 16
+"""Jobs in one walk for which what is on its way back is kept, beyond those that would evict somebody else for it."""
+REASONS = 50
+"""Different reasons that one cycle works out. After a flood of submissions the next cycles go on with it."""
+NEXT_REASONS_S = 0.05
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
+EVERY = -1
+"""The bits of all shapes."""
 FEW = 64
 """Admissions in one cycle up to which it pays to ask after each one what still fits."""
 BACKFILL_DEPTH = 100
@@ -76,6 +84,9 @@ class Notes:
         self.options = Options(state)
         self.reservations: dict[str, Reservation] = {}
         self.feasible: dict[tuple[str, Gang], tuple[int, bool]] = {}
+        self.failed: Failures = {}
+        self.moves = -1
+        """`Books.moves` when the reservations were made."""
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -112,28 +123,34 @@ class Cycle:
         self.closed: dict[int, Job] = {}
         """With backfill `none`: node classes that a blocked job keeps to itself."""
         self.bounds: set[str] = set()
-        """Bounds that this cycle hit; their names go into the reasons."""
+        """Bounds that this cycle hit: `passes`, `backfill_depth`, `evictions_per_cycle`."""
         self._events: list[JobAdmitted | StopRequested] = []
         self._given = Given(state, now)
         self._quota_trial: list[tuple[str, str, int]] = []
         self._full: set[tuple[str, str, Gang]] = set()
         """(queue, owner, gang) that got nothing: during a cycle GPUs and quota only get fewer."""
-        self._hopeless: set[tuple[str, str, Gang]] = set()
+        self._hopeless: set[tuple[str, str, Gang, tuple[int, bool]]] = set()
         """The same for whom nothing could be kept: whoever comes behind has no better right to it."""
         self._full_in_time: set[tuple[str, str, Gang]] = set()
         """The same where jobs that end in time may look."""
         self._fit = self._fit_in_time = 0
         """Bits of the shapes that may still fit: as things are, and where jobs that end in time may look."""
-        self._evictors: set[str] | None = None
-        self._victims: Outlast | None = None
-        self._no_victims: set[tuple[str, Gang]] = set()
+        failed = self.notes.failed
+        if for_readers:
+            failed = {queue: dict(known) for queue, known in failed.items()}
+        self._searches = Searches(state, now, self.notes.options, failed, self._wake_at)
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
+        self._claims = self._victims_gone()
+        """Who comes first because others were stopped for it."""
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
-        self._searches = 0
-        self._cover: tuple[tuple[int, int, int], bool] | None = None
+        self._kept_coming = 0
+        self._kept_version = 0
+        """Grows whenever what is kept changes, or who is stopped."""
+        self._cover: tuple[int, bool] | None = None
+        self._coming: Transit | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._wake: float | None = None
@@ -149,8 +166,11 @@ class Cycle:
             self.state.books.quota.add(queue, kind, -units)
         if self.state.policy.order is Order.SHORTEST_FIRST and self.state.pending.groups:
             self._wake_at(self.now + LOOK_AGAIN_S)
+        elif self._searches.exhausted:
+            self._wake_at(self.now + AGAIN_S)
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
+            self.notes.moves = self.state.books.moves
             self.state.wake_at = self._wake
 
     def plan(self) -> Plan:
@@ -158,21 +178,31 @@ class Cycle:
         events: list[AvailabilityChecked | JobAdmitted | StopRequested] = []
         known: dict[tuple[object, ...], Reason] = {}
         for job_id in self.state.books.unchecked:
-            if job_id not in self.admitted:
-                job = self.state.jobs[job_id]
-                key: tuple[object, ...] = (
-                    job.queue, job.owner, job.gang, job.held, job.after, job.eligible_at > self.now,
-                )  # fmt: skip
-                if job_id in self.kept.reservations:
-                    key = (job_id,)
-                if key not in known:
-                    known[key] = reason_of(self, job)
-                events.append(AvailabilityChecked(self.now, job_id, known[key]))
+            if job_id in self.admitted:
+                continue
+            job = self.state.jobs[job_id]
+            key = self._alike(job)
+            if key not in known:
+                if len(known) == REASONS:
+                    self._wake_at(self.now + NEXT_REASONS_S)
+                    break
+                known[key] = reason_of(self, job)
+            events.append(AvailabilityChecked(self.now, job_id, known[key]))
         for event in self._events:
             if isinstance(event, JobAdmitted):
                 events.append(AvailabilityChecked(self.now, event.job_id, None))
             events.append(event)
         return Plan(tuple(events))
+
+    def _alike(self, job: Job) -> tuple[object, ...]:
+        """What jobs have in common that wait for the same reason."""
+        if job.id in self.kept.reservations:
+            return (job.id,)
+        rules = self.state.policy.queues.get(job.queue)
+        owner = job.owner if rules is not None and rules.max_gpus_per_owner is not None else ""
+        alike = job.queue, owner, job.gang, job.held, job.after, job.eligible_at > self.now
+        # Whether a bound cut it off depends on more.
+        return (*alike, job.priority, job.time_limit_s, job.grace_s) if self.bounds else alike
 
     # --- the walk ------------------------------------------------------------------------------------------
 
@@ -185,6 +215,8 @@ class Cycle:
         for _ in range(MOST_PASSES):
             before, self._loosened = len(self.admitted), False
             self._pass(queues)
+            if self._searches.exhausted:
+                self.bounds.add("evictions_per_cycle")
             if len(self.admitted) == before or not (self.kept.holds or self.closed or self._loosened):
                 return
             self._start_over()
@@ -192,14 +224,30 @@ class Cycle:
 
     def _pass(self, queues: list[str]) -> None:
         """One walk. An admission can change who comes first, and so for whom GPUs should have been kept."""
-        self._fit = self._fitting()
+        self._fit = fitting(self.state)
         if self.state.policy.order is Order.FAIR:
+            self._admit_claimants()
             self._walk_queues(queues)
             return
-        groups = [group for queue in queues for group in self.state.pending.groups[queue].values()]
-        line = Line(groups, self.state, self._given)
+        groups = chain.from_iterable(self.state.pending.groups[queue].values() for queue in queues)
+        plain = not self._claims and not self.state.books.quota.limited
+        line = RankedLine(groups, self._worth, self.state, None if plain else self._before)
         while not self._finished() and self._serve(line):
             pass
+
+    def _admit_claimants(self) -> None:
+        """Fair order: who was made room for gets it, unless a higher priority has come.
+
+        Those who stand before it now may owe that to the very eviction: their owner, or their queue, has less since.
+        """
+        pending = self.state.pending
+        for job_id in sorted(self._claims, key=lambda each: self.state.jobs[each].seq):
+            group, job = pending.group_of(job_id), self.state.jobs[job_id]
+            if group is None or job_id in self.admitted or not self.open(job.queue):
+                continue
+            if any(lane.priority > group.priority for lane in pending.lanes[job.queue].values()):
+                continue
+            self._admit_somewhere(job, self.notes.options.of(job.queue, job.gang), group.shape.bit)
 
     def _start_over(self) -> None:
         """Forget what was kept, but for those whose victims were told already."""
@@ -215,22 +263,26 @@ class Cycle:
         self._hopeless.clear()
         self.first_blocked = None
         self._fit_in_time = 0
+        self._kept_coming = 0
+        self._coming = None
+        self._kept_version += 1
 
     def _walk_queues(self, queues: list[str]) -> None:
         """Fair order: the queue that is first serves one job, then all queues are compared again."""
         state = self.state
-        lines: dict[str, Line] = {}
+        lines: dict[str, FairLine] = {}
         heap = [(self._queue_key(queue, None), queue) for queue in queues]
         heapq.heapify(heap)
         while heap and not self._finished():
             key, queue = heap[0]
             line = lines.get(queue)
             if line is None:
-                if not self._worth(state.pending.masks[queue], queue):
+                mask = self._worth(queue)
+                if not state.pending.masks[queue] & mask:
                     heapq.heappop(heap)
                     continue
-                line = lines[queue] = Line(state.pending.groups[queue].values(), state, self._given)
-            turn = line.first()
+                line = lines[queue] = FairLine(queue, state.pending.lanes[queue].values(), mask, self._given)
+            turn = line.first(self._worth)
             if turn is None:
                 heapq.heappop(heap)
                 continue
@@ -244,10 +296,7 @@ class Cycle:
 
     def _serve(self, line: Line) -> bool:
         """Deal with the line's turns until one job was admitted or kept for. False at the end of the line."""
-        while (turn := line.first()) is not None:
-            if not self._worth(turn.group.shape.bit, turn.group.queue):
-                line.drop()
-                continue
+        while (turn := line.first(self._worth)) is not None:
             kept = len(self.kept.reservations)
             if self._try(turn) or self.kept.is_coming(turn.job_id):
                 line.served()  # the next of its group may ask for others
@@ -259,13 +308,20 @@ class Cycle:
 
     def _finished(self) -> bool:
         """Whether nobody further down could get anything."""
-        return self._covered() and not (self._fit or self._fit_in_time or self._may_evict())
-
-    def _worth(self, mask: int, queue: str) -> bool:
-        """Whether jobs of these shapes in this queue need to be looked at."""
-        return (
-            bool(mask & (self._fit | self._fit_in_time)) or not self._covered() or queue in self._who_evicts()
+        return self._covered() and not (
+            self._fit
+            or self._fit_in_time
+            or (self._kept_coming < KEPT_COMING and self._transit().may_do())
+            or self._searches.may_find()
         )
+
+    def _worth(self, queue: str) -> int:
+        """The bits of the shapes whose jobs need to be looked at in this queue."""
+        fit = self._fit | self._fit_in_time if self._covered() else EVERY
+        mask = (fit and fit & self._within_quota(queue)) | self._searches.mask(queue)
+        if self._kept_coming < KEPT_COMING:
+            mask |= self._transit().mask(queue)
+        return mask
 
     def _try(self, turn: Turn) -> bool:
         """Steps 3 to 6 for one group's next job. True where it was admitted."""
@@ -278,11 +334,11 @@ class Cycle:
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
-                self._fit &= self._fitting()
+                self._fit &= fitting(self.state)
             return True
         if self._in_time(turn, options):
             return True
-        same = job.queue, job.owner, job.gang
+        same = job.queue, job.owner, job.gang, self._standing(job)
         if same not in self._hopeless:
             self._blocked(job, options)
             if job.id not in self.kept.reservations and self._covered():
@@ -348,9 +404,17 @@ class Cycle:
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
+        quota = self.state.books.quota
+        owned = quota.limited and not quota.borrows(job.queue, option.kind)
         self._charge(job.queue, option.kind, units)
+        if owned and job.queue in self.state.books.evictable and quota.borrows(job.queue, option.kind):
+            # What runs in this queue may be taken back from now on: somebody ahead may have been refused it.
+            self._searches.refresh()
+            self._loosened = True
         self._given.give(job.queue, job.owner, units)
         self._loosened |= self.kept.took(job, places)
+        if self._coming is not None:
+            self._coming.less()
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
         self._events.append(event)
@@ -367,24 +431,25 @@ class Cycle:
         if job.id in self.kept.reservations:
             return
         may_hold = self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
-        for option in options if may_hold else ():
-            coming = in_transit(job, option.kind, state, option.classes, self._promised(), self.now)
+        bit = state.pending.shapes[job.gang].bit
+        evicts = may_hold and bool(bit & self._searches.mask(job.queue))
+        may_hold = may_hold and (evicts or self._kept_coming < KEPT_COMING)
+        if may_hold and bit & self._transit().mask(job.queue):
+            coming = self._transit().reserve(job, options)
             if coming is not None:
-                self._keep(job, option, coming)
+                self._kept_coming += 1
+                self._keep(job, *coming)
                 return
-        if may_hold and job.queue in self._who_evicts():
-            same = job.queue, job.gang
-            for option in options if same not in self._no_victims else ():
-                eviction = self._evict(job, option)
-                if eviction is not None:
-                    self._evicting.add(job.id)
-                    for victim, cause in eviction.victims:
-                        self._stopped[victim] = None
-                        self._events.append(StopRequested(self.now, victim, cause, job.id))
-                    self._keep(job, option, eviction.reservation)
-                    return
-            if self.state.policy.order is Order.SHORTEST_FIRST:
-                self._no_victims.add(same)  # whoever comes behind has a worse rank
+        for option in options if evicts else ():
+            eviction = self._searches.evict(job, option, self.kept, self._stopped)
+            if eviction is not None:
+                self._evicting.add(job.id)
+                for victim, cause in eviction.victims:
+                    self._stopped[victim] = None
+                    self._events.append(StopRequested(self.now, victim, cause, job.id))
+                self._coming = None
+                self._keep(job, option, eviction.reservation)
+                return
         within = [option for option in options if self.within_quota(job, option) is not None]
         if not within:
             return
@@ -395,29 +460,54 @@ class Cycle:
                 for option in within:
                     for each in option.classes:
                         self.closed.setdefault(id(each), job)
+                self._kept_version += 1
             case Backfill.EASY:
-                self._reserve(job, within[0])
+                self._reserve(job, within)
             case Backfill.SKIP:
                 pass
 
-    def _reserve(self, job: Job, option: Option) -> None:
-        """EASY: the first blocked job on these classes gets the date."""
-        classes = {id(each) for each in option.classes}
-        if classes & (self._patient | self.kept.covered()):
+    def _reserve(self, job: Job, options: Sequence[Option]) -> None:
+        """EASY: the earliest date that the job can have on GPU types on which nobody before it has one."""
+        others = self._patient | self.kept.covered()
+        mine = [option for option in options if not class_ids(option.classes) & others]
+        found = self._kept_date(job, mine) or self._earliest(job, mine)
+        if found is None:
             return
-        old = self.notes.reservations.get(job.id)
-        # Where no date is known none is promised: other nodes may have become the better ones.
-        undated = old is None or old.evicting or old.at == inf
-        if undated or old is None or not still_good(old, self.state, job, self.now, self.kept.taken):
-            old = reserve(job, self.state, option.classes, self._promised(), self.now, self.kept.fresh)
-        if old is None:
-            return
+        option, reservation = found
         patient_until = job.submitted_at + self.state.policy.patience_s
-        if old.at == inf and self.now < patient_until:
-            self._patient |= classes
+        if reservation.at == inf and self.now < patient_until:
+            self._patient |= reservation.classes
+            self._kept_version += 1
             self._wake_at(patient_until)
             return
-        self._keep(job, option, old)
+        self._keep(job, option, reservation)
+
+    def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The date that the last cycle promised, where it still holds: it does not move without need."""
+        old = self.notes.reservations.get(job.id)
+        if old is None or old.evicting:
+            return None
+        # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
+        unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
+        if old.at == inf and not (unmoved and not self.kept.reservations):
+            return None
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
+            return None
+        return option, old
+
+    def _earliest(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """The earliest date over these GPU types; the first type where dates are equal, or none is known."""
+        found: tuple[Option, Reservation] | None = None
+        promised = self._promised()
+        for option in options:
+            sooner_than = None if found is None else found[1].at
+            reservation = reserve(
+                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than
+            )
+            if reservation is not None:
+                found = option, reservation
+        return found
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
@@ -427,6 +517,9 @@ class Cycle:
         self._charge(*kept)
         self._kept_quota[job.id] = kept
         self.kept.keep(reservation)
+        self._kept_version += 1
+        if self._coming is not None:
+            self._coming.kept_for(reservation)
         self._fit_in_time = self._fitting_in_time() if self.kept.holds else 0
 
     def _promised(self) -> Promised:
@@ -476,58 +569,43 @@ class Cycle:
             if in_time:
                 yield job, in_time
 
-    # --- evictions -----------------------------------------------------------------------------------------
+    # --- what shortest_first sets above the rank ------------------------------------------------------------
 
-    def _evict(self, job: Job, option: Option) -> Eviction | None:
-        if self._searches >= EVICTIONS_PER_CYCLE:
-            self.bounds.add("evictions_per_cycle")
-            return None
-        self._searches += 1
-        if self.state.policy.order is Order.SHORTEST_FIRST:
-            return self._outlast().evict(job, option.classes, self.kept.owed(), self._stopped)
-        return evict(job, option.kind, self.state, option.classes, self._promised(), self.now, self._wake_at)
+    def _victims_gone(self) -> frozenset[str]:
+        """Those for whom others were stopped that are gone. Who stands before them had no right to that."""
+        if self.state.policy.order is Order.FIFO:
+            return frozenset()  # there an eviction changes nobody's place
+        return frozenset(
+            each.job_id
+            for each in self.notes.reservations.values()
+            if each.evicting and each.job_id in self.state.pending and not self._still_there(each)
+        )
 
-    def _outlast(self) -> Outlast:
-        if self._victims is None:
-            self._victims = Outlast(self.state, self.now)
-        return self._victims
+    def _still_there(self, reservation: Reservation) -> bool:
+        """Whether any of those who were stopped for it holds GPUs yet."""
+        jobs = self.state.jobs
+        attempts = dict(reservation.counted)
+        return any(
+            each in jobs and jobs[each].attempt is not None and jobs[each].attempts == attempts.get(each)
+            for each in reservation.evicting
+        )
+
+    def _standing(self, job: Job) -> tuple[int, bool]:
+        """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""
+        if self.state.policy.order is not Order.SHORTEST_FIRST:
+            return 0, False
+        return job.priority, waited_long(job, self.now, self.state)
 
     def _wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
 
-    def _may_evict(self) -> bool:
-        """Whether any waiting queue could have somebody evicted, as far as this cycle still searches."""
-        return self._searches < EVICTIONS_PER_CYCLE and bool(self._who_evicts())
+    def unsought(self, job: Job, options: Sequence[Option]) -> bool:
+        """Whether this cycle had searched for victims as much as it may before it came to the job."""
+        return self._searches.unreached(job, options)
 
-    def _who_evicts(self) -> set[str]:
-        """The queues whose jobs might have somebody evicted. Cheap; never leaves one out that could."""
-        if self._evictors is None:
-            books, queues = self.state.books, self.state.policy.queues
-            borrowers: set[str] = set()
-            if books.quota.limited:
-                kinds = (*books.quota.kinds, ANY)
-                borrowers = {
-                    queue
-                    for queue in books.evictable
-                    if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
-                }
-            ranked = self.state.policy.order is Order.SHORTEST_FIRST and bool(books.evictable)
-            self._evictors = {
-                queue
-                for queue in self.state.pending.groups
-                if queue in queues and (ranked or books.elastic or self._evicts(queue, borrowers))
-            }
-        return self._evictors
-
-    def _evicts(self, queue: str, borrowers: set[str]) -> bool:
-        rules, evictable = self.state.policy.queues[queue], self.state.books.evictable
-        if rules.reclaim is not Reclaim.NEVER and borrowers - {queue}:
-            return True
-        if rules.preempt is Preempt.LOWER and queue in evictable:
-            lowest = min(evictable[queue])
-            groups = self.state.pending.groups[queue].values()
-            return any(self.state.jobs[group.jobs[0][1]].priority > lowest for group in groups)
-        return False
+    def kept_units(self, queue: str, kind: str) -> int:
+        """Units of the queue's quota that are kept for jobs that come first: the trial counts them as used."""
+        return sum(units for *whose, units in self._kept_quota.values() if whose == [queue, kind])
 
     # --- shortcuts -----------------------------------------------------------------------------------------
 
@@ -538,9 +616,9 @@ class Cycle:
 
     def _covered(self) -> bool:
         """Whether no further reservation can be made: then only what fits need be looked at."""
-        counts = len(self.kept.reservations), len(self.closed), len(self._patient)
-        if self._cover is None or self._cover[0] != counts:
-            self._cover = counts, self._is_covered()
+        version = self._kept_version
+        if self._cover is None or self._cover[0] != version:
+            self._cover = version, self._is_covered()
         return self._cover[1]
 
     def _is_covered(self) -> bool:
@@ -553,13 +631,18 @@ class Cycle:
             case Backfill.EASY:
                 return len(self._patient | self.kept.covered()) >= sum(1 for key in classes if key.gpu_slots)
 
-    def _fitting(self) -> int:
-        """The bits of the shapes that may fit somewhere: an upper bound, so that nobody is missed."""
-        mask, capacity = 0, self.state.capacity
-        for shape in self.state.pending.shapes.values():
-            if may_fit(shape.gang, capacity.matching(shape.gang)):
-                mask |= shape.bit
-        return mask
+    def _transit(self) -> Transit:
+        if self._coming is None:
+            self._coming = Transit(self.state, self.now, self.kept, self._stopped, self.notes.reservations)
+        return self._coming
+
+    def _within_quota(self, queue: str) -> int:
+        """The bits of the shapes for which the queue has quota left."""
+        quota = self.state.books.quota
+        if not quota.limited:
+            return EVERY
+        left = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
+        return self.state.pending.no_larger(left)
 
     def _fitting_in_time(self) -> int:
         """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
@@ -574,7 +657,19 @@ class Cycle:
         if not short:
             return 0
         with self.kept.lifted():
-            return self._fitting() & short
+            return fitting(self.state) & short
+
+    def _before(self, turn: Turn) -> tuple[float, ...]:
+        """What counts more than the order over all queues: whose victims have gone, then who takes its own."""
+        quota, group = self.state.books.quota, turn.group
+        claims = turn.job_id not in self._claims
+        if not quota.limited:
+            return (claims,)
+        gang = group.shape.gang
+        units = gang.minimum * gang.bundle.gpu_units
+        kinds = {option.kind for option in self.notes.options.of(group.queue, gang)}
+        most = min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
+        return claims, most
 
     def _queue_key(self, queue: str, group: Group | None) -> tuple[object, ...]:
         quota = self.state.books.quota
@@ -607,6 +702,13 @@ class Cycle:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
         return job.gang if rules is None else job.gang.on(rules.labels)
+
+
+def _stopped_for(state: ClusterState, job_id: str) -> str:
+    """The queue of the job for which this one was evicted; "" where it was not, or that job is gone."""
+    attempt = state.jobs[job_id].attempt
+    claimant = state.jobs.get(attempt.stop_by) if attempt is not None else None
+    return claimant.queue if claimant is not None else ""
 
 
 def _notes(state: ClusterState) -> Notes:

@@ -12,12 +12,14 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rm.core import reasons
+from rm.core.backfill import Reservation, class_ids, end_if_started
 from rm.core.capacity import NodeClass, usable
 from rm.core.model import Gang, Job
 from rm.core.options import Option
 from rm.core.placement import feasible, place
+from rm.core.preemption import has_a_right
 from rm.core.reasons import Reason
-from rm.core.resources import GPU_UNIT, Bundle, gpu_count, gpus_in_words
+from rm.core.resources import GPU_UNIT, NOTHING, Bundle, gpu_count, gpus_in_words
 
 if TYPE_CHECKING:
     from rm.core.cycle import Cycle
@@ -32,13 +34,31 @@ def reason_of(cycle: Cycle, job: Job) -> Reason:
     capacity = cycle.state.capacity
     mark = capacity.mark()
     try:
-        for node_id, units in reservation.need.items():
-            held = cycle.kept.holds.get(node_id, 0)
+        for node_id, need in reservation.need.items():
+            held = cycle.kept.holds.get(node_id, NOTHING)
             alone = sum(node_id in each.need for each in cycle.kept.reservations.values()) == 1
-            capacity.keep_free(node_id, -(held if alone else min(units, held)))
-        return _reason_of(cycle, job)
+            capacity.keep_free(node_id, -(held if alone else held.at_most(need)))
+        return _promised(cycle, job, _reason_of(cycle, job), reservation)
     finally:
         capacity.rollback(mark)
+
+
+def _promised(cycle: Cycle, job: Job, reason: Reason, reservation: Reservation) -> Reason:
+    """With what the job was promised: a date where one lies ahead, and the GPU type where it had a choice."""
+    evidence, advice = dict(reason.evidence), reason.advice
+    options = cycle.notes.options.of(job.queue, job.gang)
+    mine = next((each for each in options if class_ids(each.classes) == reservation.classes), None)
+    gpu_type = mine.gpu_type if mine is not None and len(options) > 1 else None
+    if gpu_type is not None:
+        evidence["gpu_type"] = gpu_type
+    if cycle.now < reservation.at < inf:
+        evidence["at"] = reservation.at
+        on_type = "" if gpu_type is None else f" on {gpu_type}"
+        wait_s = reservation.at - cycle.now
+        advice = f"it starts in {wait_s:.0f} s at the latest{on_type}, by the time limits of others"
+    elif gpu_type is not None:
+        advice = f"{advice}; {gpu_type} is kept for it"
+    return replace(reason, evidence=evidence, advice=advice)
 
 
 def _reason_of(cycle: Cycle, job: Job) -> Reason:
@@ -51,6 +71,7 @@ def _reason_of(cycle: Cycle, job: Job) -> Reason:
     return (
         _quota(cycle, job, options)
         or _coming(cycle, job)
+        or _cut_off(cycle, job, options)
         or _kept_for_others(cycle, job, options)
         or _fragmented(cycle, job, options)
         or _behind(cycle, job, options)
@@ -160,12 +181,14 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
             "it starts when your own jobs give GPUs back",
         )
     kind = options[0].kind
-    used, owns = books.quota.usage(job.queue, kind), books.quota.nominal(job.queue, kind)
+    kept, owns = cycle.kept_units(job.queue, kind), books.quota.nominal(job.queue, kind)
+    used = books.quota.usage(job.queue, kind) - kept
     left = max(0, books.quota.available(job.queue, kind))
     of_kind = "" if kind == "*" else f" {kind}"
     return Reason(
         reasons.WAITING_FOR_QUOTA,
-        f"needs {gpus_in_words(units)}; queue {job.queue} owns {gpu_count(owns):g}{of_kind}, uses {gpu_count(used):g} "
+        f"needs {gpus_in_words(units)}; queue {job.queue} owns {gpu_count(owns):g}{of_kind}, uses {gpu_count(used):g}"
+        f"{f', keeps {gpu_count(kept):g} for jobs that come first' if kept else ''} "
         f"and may take {gpu_count(left):g} more",
         {
             "queue": job.queue,
@@ -173,6 +196,7 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
             "needed_gpus": gpu_count(units),
             "nominal_gpus": gpu_count(owns),
             "used_gpus": gpu_count(used),
+            "kept_gpus": gpu_count(kept),
             "available_gpus": gpu_count(left),
         },
         "it starts when jobs of the queue, or of queues that borrow, give GPUs back",
@@ -196,6 +220,37 @@ def _coming(cycle: Cycle, job: Job) -> Reason | None:
     )
 
 
+def _cut_off(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
+    """The cycle hit a bound before it looked at a way in which the job might have started."""
+    if job.id not in cycle.kept.reservations:
+        if "passes" in cycle.bounds and _fits_somewhere(cycle, job, options) is not None:
+            return _not_evaluated("passes", "it fits, but who comes first was not settled")
+        if "backfill_depth" in cycle.bounds and _fits_in_time(cycle, job, options):
+            return _not_evaluated(
+                "backfill_depth", "it fits and ends in time, but others like it were asked first"
+            )
+    if cycle.unsought(job, options) and has_a_right(job, [each.kind for each in options], cycle.state):
+        return _not_evaluated("evictions_per_cycle", "whom to evict was looked up for others first")
+    return None
+
+
+def _not_evaluated(bound: str, what: str) -> Reason:
+    return Reason(
+        reasons.NOT_EVALUATED,
+        f"{what}: the scheduler stopped at its bound {bound}",
+        {"bound": bound},
+        "it is looked at again with the next event, such as the end of a job",
+    )
+
+
+def _fits_in_time(cycle: Cycle, job: Job, options: Sequence[Option]) -> bool:
+    """Whether the job has a place where it ends before what is kept there is due."""
+    end = end_if_started(job, cycle.state, cycle.now)
+    in_time = [each for each in options if end <= cycle.kept.due(each.classes)]
+    with cycle.kept.lifted():
+        return _fits_somewhere(cycle, job, in_time) is not None
+
+
 def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     if not cycle.kept.holds or job.id in cycle.kept.reservations:
         return None
@@ -203,6 +258,8 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
         fits = _fits_somewhere(cycle, job, options)
     if fits is None:
         return None
+    bare = replace(job, gang=replace(job.gang, bundle=Bundle(job.gang.bundle.gpu_units)))
+    what = "GPUs" if _fits_somewhere(cycle, bare, options) is None else "CPUs and memory"
     owner = next(
         (each for each in cycle.kept.reservations.values() if any(node in each.need for node in fits)), None
     )
@@ -214,7 +271,6 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
         if at is None
         else f"in {max(0.0, owner.at - cycle.now):.0f} s at the latest"
     )
-    bound = ", ".join(sorted(cycle.bounds))
     advice = (
         "a time limit that ends before then lets it start now"
         if at is not None
@@ -222,8 +278,8 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
     )
     return Reason(
         reasons.RESERVED,
-        f"free GPUs are kept for {owner.job_id}, which comes first and is due {when}",
-        {"for": owner.job_id, "at": at, **({"bound": bound} if bound else {})},
+        f"free {what} are kept for {owner.job_id}, which comes first and is due {when}",
+        {"for": owner.job_id, "at": at, "kept": what},
         advice,
     )
 
@@ -295,18 +351,11 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     classes = _classes(options)
     free = sum(each.free_units for each in classes)
     gang = job.gang.sized(job.gang.minimum)
-    evidence: dict[str, Any] = _evidence(gang, free, _most_free(cycle, classes))
-    reservation = cycle.kept.reservations.get(job.id)
-    advice = "it starts as soon as running jobs release enough"
-    if reservation is not None and reservation.at != inf:
-        evidence["at"] = reservation.at
-        wait_s = max(0.0, reservation.at - cycle.now)
-        advice = f"it starts in {wait_s:.0f} s at the latest, by the time limits of others"
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
         f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
-        evidence,
-        advice,
+        _evidence(gang, free, _most_free(cycle, classes)),
+        "it starts as soon as running jobs release enough",
     )
 
 

@@ -35,11 +35,15 @@ MOST_STEPS = 3_000
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Seconds from now until the start: median and 90th percentile, None where there is no basis; and why."""
+    """Seconds from now until the start: median and 90th percentile, None where there is no basis; and why.
+
+    `gpu_type`: which of several acceptable GPU types it will get in the median case.
+    """
 
     p50_s: float | None
     p90_s: float | None
     basis: str
+    gpu_type: str | None = None
 
 
 class Twin:
@@ -59,7 +63,7 @@ class Twin:
             return Forecast(None, None, f"more than {MOST_JOBS} jobs are live: no estimate is made")
         unknown: set[str] = set()
         starts = [self._run(job_id, median, unknown) for median in (True, False)]
-        p50, p90 = starts
+        p50, p90 = (None if start is None else start.at - self._now for start in starts)
         if p50 is not None and p90 is not None:
             p90 = max(p50, p90)
         if p50 is None:
@@ -70,9 +74,11 @@ class Twin:
                 else "it does not start in the forecast"
             )
             return Forecast(None, None, why)
-        return Forecast(p50, p90, "the scheduler run forward on predicted durations")
+        choice = any(job.id == job_id and len(job.gang.gpu_types) > 1 for job in self._jobs)
+        gpu_type = starts[0].gpu_type if starts[0] is not None and choice else None
+        return Forecast(p50, p90, "the scheduler run forward on predicted durations", gpu_type)
 
-    def _run(self, job_id: str, median: bool, unknown: set[str]) -> float | None:
+    def _run(self, job_id: str, median: bool, unknown: set[str]) -> JobAdmitted | None:
         run = _Forward(self._policy_state(), self._now, median, unknown)
         run.load(self._jobs, self._nodes_joined())
         return run.start_of(job_id)
@@ -100,7 +106,7 @@ class _Forward:
 
     def __init__(self, state: ClusterState, now: float, median: bool, unknown: set[str]) -> None:
         self._state = state
-        self._began = self._now = now
+        self._now = now
         self._median = median
         self._unknown = unknown
         self._ends: list[tuple[float, str, int]] = []
@@ -111,11 +117,11 @@ class _Forward:
             effects += self._state.apply(event)
         self._answer(effects)
 
-    def start_of(self, job_id: str) -> float | None:
+    def start_of(self, job_id: str) -> JobAdmitted | None:
         for _ in range(MOST_STEPS):
             for decision in schedule(self._state, self._now).events:
                 if isinstance(decision, JobAdmitted) and decision.job_id == job_id:
-                    return self._now - self._began
+                    return decision
                 self._answer(self._state.apply(decision))
             if job_id not in self._state.jobs or not self._step():
                 return None

@@ -1,19 +1,21 @@
 """What the running cycle keeps free, and for whom.
 
-A reservation names what a job needs and when (`backfill`). What of it is free already is *held*: it is unavailable to
-everybody behind, by the same means by which strangers' GPUs are. What is not free yet is *owed*. Jobs that end before
+A reservation names what a job needs and when (`backfill`): GPUs, and the CPUs and memory beside them. What of it is
+free already is *held*: it is unavailable to everybody behind, by the same means by which what strangers have is. What
+is not free yet is *owed*. Jobs that end before
 the reservations are due may look at the nodes with the holds lifted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
 from rm.core.backfill import Promised, Reservation, Taken, class_ids, end_if_started, hold
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, PlacedBundle
+from rm.core.resources import NOTHING, Amount
 from rm.core.state import ClusterState
 
 
@@ -24,8 +26,10 @@ class Kept:
         self._state = state
         self._now = now
         self.reservations: dict[str, Reservation] = {}
-        self.holds: dict[str, int] = {}
-        """Units by node that are free and kept."""
+        self.holds: dict[str, Amount] = {}
+        """By node, what is free and kept."""
+        self._needed: dict[str, Amount] = {}
+        self._owed: dict[str, Amount] | None = None
         self.taken: dict[str, list[Taken]] = {}
         """By node, what the cycle has given away: the books don't know of it yet."""
         self.fresh: list[tuple[float, Job, Attempt]] = []
@@ -35,6 +39,10 @@ class Kept:
         """Nobody behind gets what the reservation needs."""
         self.reservations[reservation.job_id] = reservation
         self._hold(reservation)
+        if self._owed is not None:
+            for node_id, need in reservation.need.items():
+                self._needed[node_id] = self._needed.get(node_id, NOTHING) + need
+                self._owe(node_id)
 
     def forget(self, job_ids: Collection[str]) -> None:
         """These jobs have no reservation any more."""
@@ -47,7 +55,7 @@ class Kept:
         end = end_if_started(job, self._state, self._now)
         attempt = Attempt(job.attempts + 1, places, Phase.RESERVING, self._now)
         for each in places:
-            taken = Taken((job.id, attempt.number), each.slots, job.gang.bundle.gpu_units, end)
+            taken = Taken((job.id, attempt.number), each.slots, job.gang.bundle, end)
             self.taken.setdefault(each.node_id, []).append(taken)
         self.fresh.append((end, job, attempt))
         touched = any(each.node_id in self.holds for each in places)
@@ -59,12 +67,13 @@ class Kept:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The nodes without holds, for a moment. Afterwards what is still needed is held."""
-        for node_id, units in self.holds.items():
-            self._state.capacity.keep_free(node_id, -units)
-        self.holds = {}
+        for node_id, held in self.holds.items():
+            self._state.capacity.keep_free(node_id, -held)
+        self.holds, self._owed = {}, None
         try:
             yield
         finally:
+            self._owed = None
             for reservation in self.reservations.values():
                 self._hold(reservation)
 
@@ -72,17 +81,25 @@ class Kept:
         """What whoever asks next must not plan with. `stopped`: whom the cycle has told to stop."""
         return Promised(self.owed(), self.reservations.keys(), stopped)
 
-    def owed(self) -> dict[str, int]:
-        """Units by node that reservations need beyond what is kept for them already."""
-        owed: dict[str, int] = {}
-        for reservation in self.reservations.values():
-            for node_id, units in reservation.need.items():
-                owed[node_id] = owed.get(node_id, 0) + units
-        return {
-            node_id: left
-            for node_id, units in owed.items()
-            if (left := units - self.holds.get(node_id, 0)) > 0
-        }
+    def owed(self) -> Mapping[str, Amount]:
+        """By node, what reservations need beyond what is kept for them already."""
+        if self._owed is None:
+            self._owed, self._needed = {}, {}
+            for reservation in self.reservations.values():
+                for node_id, need in reservation.need.items():
+                    self._needed[node_id] = self._needed.get(node_id, NOTHING) + need
+            for node_id in self._needed:
+                self._owe(node_id)
+        return self._owed
+
+    def _owe(self, node_id: str) -> None:
+        assert self._owed is not None
+        held = self.holds.get(node_id)
+        left = self._needed[node_id] if held is None else self._needed[node_id].beyond(held)
+        if left:
+            self._owed[node_id] = left
+        else:
+            self._owed.pop(node_id, None)
 
     def covered(self) -> set[int]:
         """The node classes on which somebody has a reservation."""
@@ -105,7 +122,7 @@ class Kept:
 
     def _hold(self, reservation: Reservation) -> None:
         for node_id in reservation.need:
-            units = hold(reservation, node_id, self._state, self.taken.get(node_id, ()))
-            if units:
-                self.holds[node_id] = self.holds.get(node_id, 0) + units
-                self._state.capacity.keep_free(node_id, units)
+            held = hold(reservation, node_id, self._state, self.taken.get(node_id, ()))
+            if held:
+                self.holds[node_id] = self.holds.get(node_id, NOTHING) + held
+                self._state.capacity.keep_free(node_id, held)

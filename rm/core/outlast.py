@@ -6,22 +6,24 @@ A waiting job p may take the place of running jobs v where that clearly pays. Wi
     r_v·g_v > GAIN · (r_p·g_p + cost_v·g_v)    for each victim, and    GAIN · Σ 1/r_v ≤ 1/r_p    for all together
 
 Only right after a checkpoint, only after a first stretch of run time, and never a gang of several nodes, whose
-places are hard to find again. Nobody waits for ever: a job that has waited for `max_age` comes first whatever its
-rank, may stop others without the test above, and is then left alone for a while; but never so many at a time that
-they are all that runs. The numbers below were chosen on a replay of three public traces and checked on others
-(docs/scheduling.md has the table); the outcome depends little on them.
+places are hard to find again; nor what could not come back, because its queue is gone or stopped. Only where p has
+quota and place then, and of other queues only what they borrow. Nobody waits for ever: a job that has waited for
+`max_age` comes first whatever its rank, may stop others without the test above, and is then left alone for a while;
+but never so many at a time that they are all that runs. The numbers below were chosen on a replay of three public
+traces and checked on others (docs/scheduling.md has the table); the outcome depends little on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rm.core.backfill import Reservation, class_ids
+from rm.core.backfill import Fresh, Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass, usable
-from rm.core.model import Attempt, Job, StopCause
+from rm.core.model import Attempt, Gang, Job, Node, StopCause, Strategy
 from rm.core.preemption import AT_ONCE_S, Eviction
-from rm.core.resources import GPU_UNIT
+from rm.core.relief import Relief
+from rm.core.resources import GPU_UNIT, NOTHING, Amount
 from rm.core.state import ClusterState
 
 GAIN = 8.0
@@ -37,14 +39,18 @@ MOST_GUARDED = 0.2
 """Share of the cluster's GPUs beyond which guarded jobs stop nobody."""
 LOOK_AGAIN_S = 60.0
 """Ranks change with time alone: how often they are compared while somebody waits."""
+MOST_TRIED = 8
+"""Nodes, the cheapest first, on which a job that fits by its GPUs is really placed."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Victim:
     job: Job
+    attempt: Attempt
     rank_s: float
     cost_s: float
     gpus: float
+    held: Amount
 
     @property
     def score(self) -> float:
@@ -53,9 +59,16 @@ class _Victim:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """A waiting job. `aged`: it has waited for `max_age`."""
+    """A waiting job. `aged`: it has waited for `max_age`. `kind`: of the GPUs whose quota it would use.
+
+    `classes`: where it may run. `promised`: what it must leave to others; `coming`: what it may count on.
+    """
 
     job: Job
+    kind: str
+    classes: Sequence[NodeClass]
+    promised: Promised
+    coming: tuple[Job, ...]
     rank_s: float
     gpus: float
     aged: bool
@@ -67,16 +80,23 @@ class Outlast:
     def __init__(self, state: ClusterState, now: float) -> None:
         self._state = state
         self._now = now
-        self._guarded_units = 0
+        self._guarded: dict[str, int] = {}
+        """Jobs that had waited for `max_age` → units that they hold, or that are on the way back for them."""
         candidates: list[tuple[Job, Attempt, float]] = []
         for job_id in state.books.charged_jobs():
             job = state.jobs[job_id]
-            assert job.attempt is not None
-            if waited_long(job, job.attempt.admitted_at, state) and now < job.attempt.admitted_at + GUARD_S:
-                self._guarded_units += job.held_units
-            elif self._may_be_stopped(job, job.attempt):
-                since = max(job.attempt.started_at or 0.0, job.attempt.checkpoint_at or 0.0)
-                candidates.append((job, job.attempt, now - since))
+            attempt = _attempt(job)
+            if waited_long(job, attempt.admitted_at, state) and now < attempt.admitted_at + GUARD_S:
+                self._guarded[job_id] = job.held_units
+            elif self._may_be_stopped(job, attempt):
+                since = max(attempt.started_at or 0.0, attempt.checkpoint_at or 0.0)
+                candidates.append((job, attempt, now - since))
+        waiting = (
+            state.jobs.get(by) for by in {_attempt(state.jobs[each]).stop_by for each in state.books.ending}
+        )
+        for each in waiting:
+            if each is not None and each.attempt is None and waited_long(each, now, state):
+                self._guarded[each.id] = _least_units(each)
         self._candidates = candidates
         self._just_saved = self._ranked(each for each in candidates if each[2] <= MOST_LOST_S)
         self._any: dict[str, list[_Victim]] | None = None
@@ -92,133 +112,227 @@ class Outlast:
     def _ranked(self, candidates: Iterable[tuple[Job, Attempt, float]]) -> dict[str, list[_Victim]]:
         by_node: dict[str, list[_Victim]] = {}
         for job, attempt, lost_s in candidates:
-            ran_s = self._now - (attempt.started_at or self._now)
+            assert attempt.started_at is not None
+            ran_s = self._now - attempt.started_at
             rank_s = self._state.remaining.rank(job, job.ran_s + ran_s)
-            victim = _Victim(job, rank_s, RESTART_S + lost_s, job.held_units / GPU_UNIT)
+            held = Amount.of(job.gang.bundle, len(attempt.placed))
+            victim = _Victim(job, attempt, rank_s, RESTART_S + lost_s, held.gpu_units / GPU_UNIT, held)
             by_node.setdefault(attempt.placed[0].node_id, []).append(victim)
         for victims in by_node.values():
             victims.sort(key=lambda each: -each.score)
         return by_node
 
     def evict(
-        self, job: Job, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
+        self, job: Job, kind: str, classes: Sequence[NodeClass], promised: Promised, fresh: Fresh
     ) -> Eviction | None:
-        """The cheapest victims for `job`, or None where stopping anybody does not pay."""
+        """The cheapest victims for `job`, or None where stopping anybody does not pay.
+
+        `fresh`: what the cycle has admitted.
+        """
         aged = waited_long(job, self._now, self._state)
-        if aged and self._guarded_units > MOST_GUARDED * self._state.totals().capacity:
+        if aged and self._too_many_guarded(fresh):
             return None
         if job.gang.bundle.gpu_units < GPU_UNIT:
             return None
-        mine = _Claim(job, rank_waiting(job, self._state), job.gang.gpu_units / GPU_UNIT, aged)
-        if job.gang.minimum == 1:
-            return self._on_one_node(mine, classes, owed, stopped)
-        return self._on_whole_nodes(mine, classes, owed, stopped)
+        mine = _Claim(
+            job, kind, classes, promised, tuple(coming(self._state, job.id, promised)),
+            rank_waiting(job, self._state), job.gang.gpu_units / GPU_UNIT, aged,
+        )  # fmt: skip
+        eviction = self._on_one_node(mine) if job.gang.minimum == 1 else self._on_whole_nodes(mine)
+        if aged and eviction is not None:
+            self._guarded[job.id] = _least_units(job)
+        return eviction
 
-    def _on_one_node(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
-    ) -> Eviction | None:
-        job = mine.job
-        capacity, need = self._state.capacity, job.gang.bundle.gpu_units
-        ids = class_ids(classes)
-        best: tuple[float, str, list[_Victim]] | None = None
+    def _too_many_guarded(self, fresh: Fresh) -> bool:
+        for _, job, attempt in fresh:
+            if waited_long(job, self._now, self._state):
+                self._guarded[job.id] = len(attempt.placed) * job.gang.bundle.gpu_units
+        return sum(self._guarded.values()) > MOST_GUARDED * self._state.totals().capacity
+
+    def _on_one_node(self, mine: _Claim) -> Eviction | None:
+        capacity, bundle = self._state.capacity, mine.job.gang.bundle
+        ids, on_their_way = class_ids(mine.classes), _by_node(mine.coming)
+        offers: list[tuple[float, list[_Victim]]] = []
         for node_id, victims in self._victims(mine.aged).items():
             if node_id not in capacity or id(capacity.class_of(node_id)) not in ids:
                 continue
             node = capacity[node_id]
-            if node.gpu_slots * GPU_UNIT < need:
+            if not _copies(mine.job.gang, node):
                 continue
-            free = usable(node).free.count(GPU_UNIT) * GPU_UNIT - owed.get(node_id, 0)
+            free = _free(node) + on_their_way.get(node_id, NOTHING) - mine.promised.owed.get(node_id, NOTHING)
             chosen: list[_Victim] = []
             for each in victims:
-                if free >= need:
+                if free.holds(bundle):
                     break
-                if each.job.id not in stopped and self._may_stop(mine, each):
+                if self._may_stop(mine, each):
                     chosen.append(each)
-                    free += each.job.held_units
-            if free < need:
+                    free += each.held
+            if not free.holds(bundle):
                 continue
             for each in list(reversed(chosen)):
-                if free - each.job.held_units >= need:
+                if (free - each.held).holds(bundle):
                     chosen.remove(each)
-                    free -= each.job.held_units
-            cost = sum(each.cost_s * each.gpus for each in chosen)
-            if (best is None or cost < best[0]) and _pays(mine, chosen):
-                best = cost, node_id, chosen
-        if best is None or not best[2]:
-            return None
-        return self._eviction(job, classes, {best[1]: need}, best[2])
+                    free -= each.held
+            if chosen and _pays(mine, chosen):
+                offers.append((sum(each.cost_s * each.gpus for each in chosen), chosen))
+        offers.sort(key=lambda each: each[0])
+        for _, chosen in offers[:MOST_TRIED]:
+            eviction = self._eviction(mine, chosen)
+            if eviction is not None:
+                return eviction
+        return None
 
-    def _on_whole_nodes(
-        self, mine: _Claim, classes: Sequence[NodeClass], owed: Mapping[str, int], stopped: Collection[str]
-    ) -> Eviction | None:
+    def _on_whole_nodes(self, mine: _Claim) -> Eviction | None:
         """A gang of several nodes: those that are cheapest to empty."""
         job, by_node = mine.job, self._victims(mine.aged)
-        capacity = self._state.capacity
+        capacity, on_their_way = self._state.capacity, _by_node(mine.coming)
         offers: list[tuple[float, int, str, list[_Victim]]] = []
-        units = job.gang.bundle.gpu_units
-        for group in classes:
-            per_node = group.key.gpu_slots * GPU_UNIT // units
-            if not per_node:
-                continue
+        for group in mine.classes:
             for free, bucket in enumerate(group.whole):
                 for number in bucket:
                     node = capacity.node_numbered(number)
-                    if owed.get(node.id):
+                    per_node = _copies(job.gang, node)
+                    if not per_node or mine.promised.owed.get(node.id):
                         continue
                     if free == group.key.gpu_slots:
                         offers.append((0.0, per_node, node.id, []))
                         continue
-                    here = [
-                        each
-                        for each in by_node.get(node.id, ())
-                        if each.job.id not in stopped and self._may_stop(mine, each)
-                    ]
-                    freed = sum(each.job.held_units for each in here)
+                    here = [each for each in by_node.get(node.id, ()) if self._may_stop(mine, each)]
+                    freed = on_their_way.get(node.id, NOTHING).gpu_units + sum(
+                        each.held.gpu_units for each in here
+                    )
                     if free * GPU_UNIT + freed >= group.key.gpu_slots * GPU_UNIT:
                         offers.append(
                             (sum(each.cost_s * each.gpus for each in here), per_node, node.id, here)
                         )
         offers.sort(key=lambda each: (each[0], each[2]))
-        need: dict[str, int] = {}
         chosen: list[_Victim] = []
         missing = job.gang.minimum
-        for _, per_node, node_id, victims in offers:
+        for _, per_node, _, victims in offers:
             if missing <= 0:
                 break
-            here_count = min(missing, per_node)
-            need[node_id] = here_count * units
             chosen += victims
-            missing -= here_count
+            missing -= per_node
         if missing > 0 or not chosen or not _pays(mine, chosen):
             return None
-        return self._eviction(job, classes, need, chosen)
+        return self._eviction(mine, chosen)
+
+    def _eviction(self, mine: _Claim, victims: list[_Victim]) -> Eviction | None:
+        """Stop these, but for those that need not go; None where the job could not start even so.
+
+        Asked is what is asked at a start: its quota, and a place by all that it needs.
+        """
+        books, quota, job = self._state.books, self._state.books.quota, mine.job
+        relief = Relief(job.gang, self._state.capacity, mine.classes, mine.promised.owed)
+        charged: list[tuple[str, str, int]] = []
+
+        def move(other: Job, sign: int) -> None:
+            attempt = _attempt(other)
+            (relief.take if sign > 0 else relief.give)(other.gang.bundle, attempt)
+            if other.queue in self._state.policy.queues:
+                entry = other.queue, books.kind(attempt), sign * other.held_units
+                quota.add(*entry)
+                charged.append(entry)
+
+        def enough() -> bool:
+            return quota.available(job.queue, mine.kind) >= _least_units(job) and relief.places() is not None
+
+        try:
+            for other in mine.coming:
+                move(other, -1)
+            for each in victims:
+                if not self._lends(mine, each):
+                    return None  # the victims before it have brought its queue back to what it owns
+                move(each.job, -1)
+            if not enough():
+                return None
+            chosen = list(victims)
+            for each in reversed(victims):
+                move(each.job, +1)
+                if enough():
+                    chosen.remove(each)
+                else:
+                    move(each.job, -1)
+            places = relief.places()
+        finally:
+            for queue, kind, units in reversed(charged):
+                quota.add(queue, kind, -units)
+        if places is None or not chosen:
+            return None
+        ids = tuple(each.job.id for each in chosen)
+        gone = {*ids, *books.ending}
+        counted = frozenset((each, self._state.jobs[each].attempts) for each in gone)
+        reservation = Reservation(
+            job.id, self._now, needs(job.gang.bundle, places), class_ids(mine.classes), counted, ids
+        )
+        return Eviction(reservation, tuple((each, StopCause.PREEMPTED) for each in ids))
 
     def _may_stop(self, mine: _Claim, victim: _Victim) -> bool:
-        state, other = self._state, victim.job
-        if other.priority > mine.job.priority:
+        if victim.job.id in mine.promised.stopped or victim.job.priority > mine.job.priority:
             return False
-        if state.books.quota.limited and other.queue != mine.job.queue:
-            assert other.attempt is not None
-            if not state.books.quota.borrows(other.queue, state.books.kind(other.attempt)):
-                return False
+        if not self._lends(mine, victim):
+            return False
         return mine.aged or victim.score > GAIN * (mine.rank_s * mine.gpus + victim.cost_s * victim.gpus)
+
+    def _lends(self, mine: _Claim, victim: _Victim) -> bool:
+        """Whether the victim's queue is the job's own, or uses more than it owns."""
+        books, queue = self._state.books, victim.job.queue
+        return (
+            queue == mine.job.queue
+            or not books.quota.limited
+            or books.quota.borrows(queue, books.kind(victim.attempt))
+        )
 
     def _may_be_stopped(self, job: Job, attempt: Attempt) -> bool:
         """Whether anybody may stop it now."""
-        started = attempt.started_at
+        started, rules = attempt.started_at, self._state.policy.queues.get(job.queue)
+        if rules is None or rules.stopped:
+            return False
         if started is None or not job.preemptible or len({each.node_id for each in attempt.placed}) > 1:
             return False
         spare_s = max(FIRST_STRETCH_S, job.min_runtime_s, self._state.policy.min_runtime_s)
         return self._now - started >= spare_s and self._now >= attempt.admitted_at + AT_ONCE_S
 
-    def _eviction(
-        self, job: Job, classes: Sequence[NodeClass], need: dict[str, int], victims: list[_Victim]
-    ) -> Eviction:
-        ids = tuple(each.job.id for each in victims)
-        gone = {*ids, *self._state.books.ending}
-        counted = frozenset((each, self._state.jobs[each].attempts) for each in gone)
-        reservation = Reservation(job.id, self._now, need, class_ids(classes), counted, ids)
-        return Eviction(reservation, tuple((each, StopCause.PREEMPTED) for each in ids))
+
+def _copies(gang: Gang, node: Node) -> int:
+    """How many of the gang's bundles the node would take, were it empty; 0 where a whole gang must fit and does not."""
+    bundle = gang.bundle
+    copies = node.gpu_slots * GPU_UNIT // bundle.gpu_units
+    if bundle.cpu_milli:
+        copies = min(copies, (node.cpu_milli - node.foreign_cpu_milli) // bundle.cpu_milli)
+    if bundle.memory_bytes:
+        copies = min(copies, (node.memory_bytes - node.foreign_memory_bytes) // bundle.memory_bytes)
+    if gang.strategy is Strategy.STRICT_SPREAD:
+        return min(1, copies)
+    return 0 if gang.strategy is Strategy.STRICT_PACK and copies < gang.minimum else copies
+
+
+def _free(node: Node) -> Amount:
+    """What whole devices, CPUs and memory are free on the node."""
+    return Amount(
+        usable(node).free.count(GPU_UNIT) * GPU_UNIT,
+        node.cpu_free_milli - node.foreign_cpu_milli,
+        node.memory_free_bytes - node.foreign_memory_bytes,
+    )
+
+
+def _by_node(jobs: Iterable[Job]) -> dict[str, Amount]:
+    """What these jobs hold on each node."""
+    held: dict[str, Amount] = {}
+    for job in jobs:
+        one = Amount.of(job.gang.bundle)
+        for each in _attempt(job).placed:
+            held[each.node_id] = held.get(each.node_id, NOTHING) + one
+    return held
+
+
+def _least_units(job: Job) -> int:
+    return job.gang.minimum * job.gang.bundle.gpu_units
+
+
+def _attempt(job: Job) -> Attempt:
+    assert job.attempt is not None
+    return job.attempt
 
 
 def _pays(mine: _Claim, victims: list[_Victim]) -> bool:

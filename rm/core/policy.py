@@ -74,6 +74,16 @@ class QueuePolicy:
     max_gpus_per_owner: int | None = None
     """Units that one owner may hold in this queue at a time."""
 
+    @property
+    def preempts(self) -> bool:
+        """Whether its higher priorities may evict its lower ones."""
+        return self.preempt is Preempt.LOWER
+
+    @property
+    def reclaims(self) -> bool:
+        """Whether its jobs may take back what others borrow."""
+        return self.reclaim is not Reclaim.NEVER
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -94,6 +104,8 @@ class Policy:
     """Plan backfill with predicted durations where there is no time limit. Then a wrong guess may delay the head."""
     min_runtime_s: float = 0.0
     """Nothing is evicted before it has run this long (a job may ask for more)."""
+    settle_s: float = 60.0
+    """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""
 
     def kinds(self) -> frozenset[str]:
         """The GPU types that quotas name, without ANY."""

@@ -128,6 +128,16 @@ class QuotaTree:
             tally = tally.parent
         return tuple(reversed(levels))
 
+    def most_within(self, queue: str, kind: str) -> int:
+        """The most units that the queue may take and somebody on its path stays within what it owns."""
+        tally: _Tally = self._tree(kind)[queue]
+        most, passed = -1, 0
+        while tally.parent is not None:
+            most = max(most, passed + tally.quota - tally.usage)
+            passed += tally.local_free
+            tally = tally.parent
+        return most
+
     def borrows(self, queue: str, kind: str) -> bool:
         """Whether the queue uses more than it owns."""
         tally: _Tally = self._tree(kind)[queue]

@@ -38,7 +38,7 @@ PRIORITY = "Priority"
 WAITING_FOR_CAPACITY = "WaitingForCapacity"
 """Fewer GPUs are free than the gang needs."""
 NOT_EVALUATED = "NotEvaluated"
-"""The scheduler has not looked at the job yet, or a bound was hit; the evidence says which."""
+"""The scheduler has not looked at the job yet. Where one of its bounds was hit before, the evidence says which."""
 
 
 @dataclass(frozen=True, slots=True)

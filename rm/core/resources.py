@@ -7,6 +7,7 @@ exact. A request below one device takes part of a single device: two halves on t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 GPU_UNIT = 10_000
 """One whole GPU."""
@@ -38,6 +39,70 @@ class Bundle:
     gpu_units: int
     cpu_milli: int = 0
     memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """So much of one node: GPUs, CPUs and memory together, so that no rule can forget one of them.
+
+    A difference may be negative in some part. False where there is nothing of anything.
+    """
+
+    gpu_units: int = 0
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, bundle: Bundle, count: int = 1) -> Amount:
+        """What `count` such bundles take."""
+        return cls(bundle.gpu_units * count, bundle.cpu_milli * count, bundle.memory_bytes * count)
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.gpu_units + other.gpu_units,
+            self.cpu_milli + other.cpu_milli,
+            self.memory_bytes + other.memory_bytes,
+        )
+
+    def __sub__(self, other: Amount) -> Amount:
+        return Amount(
+            self.gpu_units - other.gpu_units,
+            self.cpu_milli - other.cpu_milli,
+            self.memory_bytes - other.memory_bytes,
+        )
+
+    def __neg__(self) -> Amount:
+        return NOTHING - self
+
+    def __bool__(self) -> bool:
+        return bool(self.gpu_units or self.cpu_milli or self.memory_bytes)
+
+    def holds(self, bundle: Bundle) -> bool:
+        """Whether the bundle fits, as far as amounts tell. What it does not ask for may be short."""
+        return (
+            self.gpu_units >= bundle.gpu_units
+            and (self.cpu_milli >= bundle.cpu_milli or not bundle.cpu_milli)
+            and (self.memory_bytes >= bundle.memory_bytes or not bundle.memory_bytes)
+        )
+
+    def at_most(self, other: Amount) -> Amount:
+        """Of each the smaller."""
+        return Amount(
+            min(self.gpu_units, other.gpu_units),
+            min(self.cpu_milli, other.cpu_milli),
+            min(self.memory_bytes, other.memory_bytes),
+        )
+
+    def beyond(self, other: Amount) -> Amount:
+        """What is missing where there is only `other`: never negative."""
+        return Amount(
+            max(0, self.gpu_units - other.gpu_units),
+            max(0, self.cpu_milli - other.cpu_milli),
+            max(0, self.memory_bytes - other.memory_bytes),
+        )
+
+
+NOTHING = Amount()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +166,17 @@ class Devices:
         Whole devices first, the remainder from the freest one: the pessimistic reading, so that we never plan a
         whole GPU that a stranger shares.
         """
-        changed = list(self.free)
-        while units > 0:
-            slot = max(range(len(changed)), key=changed.__getitem__, default=None)
-            if slot is None or changed[slot] == 0:
-                break
-            taken = min(units, changed[slot])
-            changed[slot] -= taken
-            units -= taken
-        return Devices(tuple(changed))
+        return Devices(_without(self.free, units))
+
+
+@lru_cache(maxsize=65_536)
+def _without(free: tuple[int, ...], units: int) -> tuple[int, ...]:
+    """Asked for the same few patterns again and again in a cycle."""
+    changed = list(free)
+    for slot in sorted(range(len(changed)), key=changed.__getitem__, reverse=True):
+        if units <= 0:
+            break
+        taken = min(units, changed[slot])
+        changed[slot] -= taken
+        units -= taken
+    return tuple(changed)

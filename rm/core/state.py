@@ -21,6 +21,7 @@ date here, one change at a time, so that a cycle never walks all jobs or all nod
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 
 from rm.core.books import Books, Owner
@@ -119,8 +120,7 @@ class ClusterState:
         """The stops that time itself asks for. Called by the writer before each cycle."""
         return [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
-            for job_id, moment in self.books.timed.items()
-            if moment <= now
+            for _, job_id in self.books.deadlines[: self._due_until(now)]
         ]
 
     def next_due(self, now: float) -> float | None:
@@ -128,11 +128,14 @@ class ClusterState:
 
         A pause that is over but whose job still waits for capacity needs no clock: `now` leaves those out.
         """
-        moments = [moment for moment in self.books.timed.values() if moment > now]
+        moments = [moment for moment, _ in self.books.deadlines[self._due_until(now) :][:1]]
         for moment in (self.pending.next_moment(), self.wake_at):
             if moment is not None and moment > now:
                 moments.append(moment)
         return min(moments, default=None)
+
+    def _due_until(self, now: float) -> int:
+        return bisect_right(self.books.deadlines, now, key=lambda each: each[0])
 
     def take_changes(self) -> list[Job]:
         """The records changed since the last call, for the ledger. Ended jobs appear here for the last time."""
@@ -344,15 +347,13 @@ class ClusterState:
                 if placed.node_id == node.id:
                     node = charged(node, job.gang.bundle, placed.slots, +1)
         self.capacity.join(node)
-        self.books.quota.resize(self._gpus_by_type())
-        self.version += 1
+        self._nodes_changed()
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
         if self.capacity.leave(event.node_id) is None:
             return []
-        self.books.quota.resize(self._gpus_by_type())
-        self.version += 1
+        self._nodes_changed()
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
         for job_id in sorted(self.books.charged_on.get(event.node_id, ())):
@@ -376,14 +377,18 @@ class ClusterState:
                     foreign_memory_bytes=event.memory_bytes,
                 )
             )
-            self.version += 1
+            self._nodes_changed()
         return []
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
         self.launchable = event.shapes
-        self.books.quota.resize(self._gpus_by_type())
-        self.version += 1
+        self._nodes_changed()
         return []
+
+    def _nodes_changed(self) -> None:
+        self.books.quota.resize(self._gpus_by_type())
+        self.books.moves += 1
+        self.version += 1
 
     # --- the moves that rules share ------------------------------------------------------------------------
 
@@ -540,7 +545,7 @@ class ClusterState:
                 if each.node_id in nodes:
                     nodes[each.node_id] = charged(nodes[each.node_id], job.gang.bundle, each.slots, +1)
         _require(nodes == dict(self.nodes), "the nodes' free amounts are not capacity minus live attempts")
-        for name in ("charged_on", "timed", "ending", "dependents", "evictable", "elastic", "runs"):
+        for name in ("charged_on", "deadlines", "ending", "dependents", "evictable", "elastic", "runs"):
             ours, fresh = getattr(self.books, name), getattr(books, name)
             _require(ours == fresh, f"{name} is {ours}, the records say {fresh}")
         _require(set(self.books.unchecked) == set(books.unchecked), "who was looked at")

@@ -37,6 +37,8 @@ _OF_POLICY = {
     "max_age_s",
     "predicted_limits",
     "min_runtime_s",
+    "patience_s",
+    "settle_s",
     "default_queue",
 }
 _OF_QUEUE = {each.name for each in fields(QueuePolicy)} - {"name", "labels", "parent"}

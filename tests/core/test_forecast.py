@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rm.core.forecast import Twin
-from rm.core.model import Status
+from rm.core.model import GPU_TYPE, Status
 from rm.testing import Behaviour, FakeCluster
 
 
@@ -64,3 +64,18 @@ def test_a_forecast_leaves_the_state_as_it_was() -> None:
     assert (dict(fake.state.jobs), fake.state.version) == before[:2]
     assert fake.state.predictor.predict(fake.state.jobs[job]) == before[2]
     fake.check()
+
+
+def test_it_says_which_of_several_types_comes_first() -> None:
+    fake = FakeCluster()
+    fake.add_node("h", 1, **{GPU_TYPE: "H100"})
+    fake.add_node("a", 1, **{GPU_TYPE: "A100"})
+    fake.submit(1, gpu_types=("H100",), time_limit_s=500.0, behaviour=Behaviour(1000))
+    fake.submit(1, gpu_types=("A100",), time_limit_s=100.0, behaviour=Behaviour(1000))
+    job = fake.submit(1, gpu_types=("H100", "A100"))
+    only = fake.submit(1, gpu_types=("H100",))
+    fake.run(lambda: fake.state.jobs["j2"].status is Status.RUNNING)
+    first, second = Twin(fake.state, fake.now).forecast(job), Twin(fake.state, fake.now).forecast(only)
+    assert first.p50_s is not None
+    assert 99 <= first.p50_s <= 101
+    assert (first.gpu_type, second.gpu_type) == ("A100", None)

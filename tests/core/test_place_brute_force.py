@@ -15,7 +15,7 @@ from rm.core.events import CheckpointReported, PlacementReady, RunStarted
 from rm.core.model import Gang, Job, Node, StopCause, Strategy
 from rm.core.placement import place, place_elastic
 from rm.core.policy import ANY, Backfill, Policy, Preempt, QueuePolicy
-from rm.core.preemption import evict
+from rm.core.preemption import Victims
 from rm.core.resources import GPU_UNIT, Bundle, Devices
 from rm.testing import Behaviour, FakeCluster
 
@@ -177,7 +177,7 @@ def test_the_date_of_a_reservation_is_the_earliest(
     found = reserve(job, fake.state, fake.state.capacity.matching(gang), Promised({}), fake.now)
     assert (None if found is None else found.at) == earliest
     if found is not None and found.at < inf:
-        assert sum(found.need.values()) == gang.gpu_units
+        assert sum(need.gpu_units for need in found.need.values()) == gang.gpu_units
 
 
 # --- evictions ----------------------------------------------------------------------------------------------
@@ -224,9 +224,8 @@ def test_victims_are_found_where_there_are_any_and_none_can_be_put_back(
         queue="a",
         priority=100,
     )
-    found = evict(
-        new, ANY, fake.state, fake.state.capacity.matching(gang), Promised({}), fake.now, lambda _: None
-    )
+    victims_of = Victims(fake.state, fake.now, lambda _: None)
+    found = victims_of.evict(new, ANY, fake.state.capacity.matching(gang), Promised({}))
     possible = any(fits_without(fake, list(chosen), gang) for chosen in subsets(lawful(fake, 100)))
     assert (found is not None) == possible
     if found is None:

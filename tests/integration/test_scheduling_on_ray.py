@@ -278,3 +278,50 @@ def test_an_elastic_gang_takes_what_there_is_and_comes_back_smaller(client, rule
     gate.touch()
     end.touch()
     succeeds(urgent, gang)
+
+
+def test_an_elastic_training_is_shrunk_for_who_comes_first_and_goes_on_from_its_checkpoint(
+    client, rules, tmp_path: Path
+) -> None:
+    """Nobody may be evicted here: what is taken is only what the gang has above its minimum."""
+    rules(Policy(settle_s=1.0))
+    gate = tmp_path / "gate"
+
+    def train() -> tuple[int, int, int]:
+        import os
+        import time
+
+        import rm
+
+        saved = rm.checkpoint_dir() / "step"
+        step = begun = int(saved.read_text()) if saved.exists() else 0
+        while not gate.exists() and not rm.should_stop():
+            time.sleep(0.02)
+            step += 1
+            rm.report(step=step)
+            if rm.rank() == 0 and step % 5 == 0:
+                (saved.parent / "new").write_text(str(step))
+                (saved.parent / "new").replace(saved)
+                rm.checkpointed()
+        return int(os.environ["WORLD_SIZE"]), begun, step
+
+    filler = client.submit(until(gate), **NODE)
+    runs(filler)
+    gang = client.submit(train, nodes=3, min_nodes=1, gpus_per_node=8, nproc_per_node=1)
+    runs(gang)
+    assert (gang.last.held_gpus, gang.last.ranks) == (16, 2), "what there was"
+    wait_until(lambda: gang.view().checkpoint_at, 20, "it has a checkpoint")
+    first = client.submit(until(gate), num_gpus=8, priority="high")
+    runs(first)
+    wait_until(lambda: (gang.view().status, gang.last.attempts) == ("RUNNING", 2), 20, "it goes on with one")
+    assert (gang.last.held_gpus, gang.last.ranks) == (8, 1)
+    assert (gang.last.evictions, gang.last.failures, gang.last.infra_failures) == (1, 0, 0)
+    stops = [each.body for each in gang.events() if each.kind == "StopRequested"]
+    assert stops == [{"cause": "resized", "by": first.id}]
+    wait_until(lambda: gang.view().checkpoint_at, 20, "it has another one")
+    gate.touch()
+    succeeds(filler, first, gang)
+    world_size, begun, step = gang.result()
+    assert world_size == 1
+    assert step > begun > 0, "not from the start"
+    assert gang.last.attempts == 2

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rm.core.events import HoldChanged, JobAdmitted, StopRequested
+from rm.core.events import CheckpointReported, HoldChanged, JobAdmitted, StopRequested
 from rm.core.model import Status, StopCause, Strategy
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT
@@ -57,8 +57,9 @@ def policies(draw: st.DrawFn) -> Policy:
         order=draw(st.sampled_from(list(Order))),
         backfill=draw(st.sampled_from([Backfill.EASY, Backfill.EASY, Backfill.SKIP, Backfill.NONE])),
         half_life_s=draw(st.sampled_from([60.0, 7 * 86400.0])),
-        max_age_s=draw(st.sampled_from([20.0, 86400.0])),
+        max_age_s=draw(st.sampled_from([20.0, 2_000.0, 86400.0])),
         min_runtime_s=draw(st.sampled_from([0.0, 7.0])),
+        settle_s=draw(st.sampled_from([0.0, 5.0, 60.0])),
     )
 
 
@@ -82,24 +83,28 @@ class AnyPolicy(RuleBasedStateMachine):
 
     @rule(
         gpus=st.sampled_from([0.25, 0.5, 1, 1, 2, 4, 8]),
+        cpus=st.sampled_from([0, 0, 0, 4, 20]),
+        memory_gib=st.sampled_from([0, 0, 0, 80]),
         count=st.integers(1, 3),
         least=st.integers(0, 2),
         queue=st.sampled_from(LEAVES),
         owner=st.sampled_from(["ann", "bob", "cyd"]),
         priority=st.sampled_from([-100, 0, 0, 100]),
         limit=st.sampled_from([None, 3.0, 20.0, 200.0]),
-        duration=st.sampled_from([1.0, 10.0, 100.0]),
+        duration=st.sampled_from([1.0, 10.0, 100.0, 10_000.0]),
         fates=st.lists(st.sampled_from(["ok", "ok", "fail", "lost", "unready"]), max_size=2),
         types=st.sampled_from([(), (), ("A100",), ("H100", "A100")]),
         strategy=st.sampled_from(list(Strategy)),
         preemptible=st.integers(0, 4),
         after=st.booleans(),
     )
-    def submit(self, gpus, count, least, queue, owner, priority, limit, duration, fates, types, strategy,
-               preemptible, after) -> None:  # fmt: skip
+    def submit(self, gpus, cpus, memory_gib, count, least, queue, owner, priority, limit, duration, fates, types,
+               strategy, preemptible, after) -> None:  # fmt: skip
         live = sorted(self.fake.state.jobs)
         self.fake.submit(
             gpus,
+            cpu_milli=cpus * 1000,
+            memory_bytes=memory_gib * 2**30,
             count=1 if gpus < 1 else count,
             least=least if gpus >= 1 and least < count else 0,
             queue=queue,
@@ -119,6 +124,20 @@ class AnyPolicy(RuleBasedStateMachine):
     def step(self, times: int) -> None:
         for _ in range(times):
             self.fake.step()
+
+    @rule(which=st.integers(1, 3))
+    def save_after_a_while(self, which: int) -> None:
+        """Ten minutes later some report a checkpoint: from then on `shortest_first` may stop them."""
+        until = self.fake.now + 600.0
+        for _ in range(100):
+            due = self.fake.next_due()
+            if due is None or due > until:
+                break
+            self.fake.step()
+        self.fake.now = max(self.fake.now, until)
+        for number, job in enumerate(sorted(self.fake.state.jobs.values(), key=lambda job: job.seq)):
+            if job.status is Status.RUNNING and job.attempt is not None and number % which == 0:
+                self.fake.happen(CheckpointReported(self.fake.now, job.id, job.attempt.number))
 
     @precondition(lambda self: self.fake.state.jobs)
     @rule(which=st.integers(0, 30))
@@ -149,7 +168,7 @@ class AnyPolicy(RuleBasedStateMachine):
         history = self.fake.history
         for event in history[self.seen :]:
             if isinstance(event, StopRequested) and event.cause is StopCause.PREEMPTED:
-                victim = self.fake.state.jobs[event.job_id]
+                victim = self.fake.state.jobs.get(event.job_id) or self.fake.ended[event.job_id]
                 assert victim.preemptible
             if isinstance(event, JobAdmitted):
                 job = self.fake.state.jobs.get(event.job_id)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from rm.core.backfill import needs
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     CheckpointReported,
@@ -32,12 +33,24 @@ from rm.core.events import (
     RunStarted,
     StopRequested,
 )
+from rm.core.gittins import Remaining
 from rm.core.model import GPU_TYPE, Attempt, Gang, Job, Kind, NodeShape, Outcome, Status, StopCause, Strategy
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
-from rm.core.resources import GPU_UNIT, gpu_units
+from rm.core.resources import GPU_UNIT, Bundle, gpu_units
 from rm.core.shapes import Request, resolve
 from rm.spec import PRIORITY_NAMES
 from rm.testing import FakeCluster
+
+
+class Ranks(Remaining):
+    """Ranks by owner, at any age, where the file says them; as they were learnt for all others."""
+
+    def __init__(self, said: Mapping[str, float]) -> None:
+        super().__init__()
+        self._said = said
+
+    def rank(self, job: Job, age_s: float) -> float:
+        return self._said[job.owner] if job.owner in self._said else super().rank(job, age_s)
 
 
 class Stage(FakeCluster):
@@ -57,7 +70,8 @@ class Stage(FakeCluster):
         if "policy" in words:
             self.dates.clear()
             self.policy = read_policy(words["policy"])
-        known = {"policy": self._policy, "nodes": self._nodes, "launchable": self._launchable,
+        known = {"rank": self._rank, "learn": self._learn, "policy": self._policy, "nodes": self._nodes,
+                 "launchable": self._launchable,
                  "lose": self._lose, "foreign": self._foreign, "release": self._release,
                  "finish": self._finish, "fail": self._fail, "lost": self._lost, "unready": self._unready,
                  "checkpoint": self._checkpoint, "cancel": self._cancel, "hold": self._hold,
@@ -75,6 +89,19 @@ class Stage(FakeCluster):
         while self._follow:
             follow, self._follow = self._follow, []
             self.happen(*follow)
+
+    def _rank(self, words: Mapping[str, float]) -> list[Event]:
+        self.state.remaining = Ranks({owner: float(seconds) for owner, seconds in words.items()})
+        return []
+
+    def _learn(self, words: Iterable[Mapping[str, Any]]) -> list[Event]:
+        """Jobs that ended before the story begins."""
+        for said in words:
+            gang = Gang(Bundle(gpu_units(said["gpus"])))
+            job = Job("", 0, "", said["owner"], Kind.COMMAND, gang, 0.0, said.get("queue", "default"))
+            for _ in range(said["times"]):
+                self.state.remaining.learn(job, said["seconds"])
+        return []
 
     def _policy(self, words: Mapping[str, Any]) -> list[Event]:
         return [PolicyChanged(self.now, self.policy)]
@@ -209,10 +236,7 @@ class Stage(FakeCluster):
                     self._follow.append(ReserveFailed(self.now, *key, "somebody else was quicker"))
                     self.unlucky = self.unlucky - {effect.job_id}
                 case Reserve():
-                    nodes: dict[str, int] = {}
-                    for each in effect.placed:
-                        nodes[each.node_id] = nodes.get(each.node_id, 0) + effect.gang.bundle.gpu_units
-                    self.held[key] = nodes
+                    self.held[key] = needs(effect.gang.bundle, effect.placed)
                     self._follow.append(PlacementReady(self.now, *key))
                 case Run():
                     self._follow.append(RunStarted(self.now, *key))

@@ -35,6 +35,7 @@ backfill: skip
 half_life: 1-12:00:00
 max_age: 1:30:00
 min_runtime: 10m
+settle: 2m
 predicted_limits: yes
 admins: [ada, bob, ada]
 """
@@ -62,6 +63,7 @@ def test_a_whole_file_becomes_a_policy() -> None:
     assert policy.queues["batch"] == QueuePolicy("batch")
     assert (policy.default_queue, policy.order, policy.backfill) == ("batch", Order.FAIR, Backfill.SKIP)
     assert (policy.half_life_s, policy.max_age_s, policy.min_runtime_s) == (129_600, 5400, 600)
+    assert policy.settle_s == 120
     assert policy.predicted_limits
     assert settings.admins == ("ada", "bob")
 
@@ -147,6 +149,8 @@ BAD = [
     ("half_life: 0", "half_life", "must be more than 0"),
     ("max_age: -3", "max_age", "must be a duration"),
     ("min_runtime: 9999999999999999:00:00", "min_runtime", "at most 100 years"),
+    ("settle: -1", "settle", "must be a duration such as 90"),
+    ("settle: ", "settle", "not empty"),
     ("predicted_limits: maybe", "predicted_limits", "must be true or false, not 'maybe'"),
     ("admins: ada", "admins", "must be a list of owners such as [ada, bob], not 'ada'"),
     ("admins: [1]", "admins", "must be a list of owners"),
@@ -295,6 +299,7 @@ files = st.builds(
             "half_life": spans,
             "max_age": spans,
             "min_runtime": spans,
+            "settle": spans,
             "predicted_limits": st.booleans(),
             "admins": st.lists(st.sampled_from(["ada", "yes", "1"])),
         },

@@ -1,0 +1,214 @@
+"""What is on its way back already: attempts that were told to stop, or whose groups are being removed.
+
+Whoever comes first and for whom that is enough gets it kept (`Reservation` with `at` in the past); nobody is evicted
+for what comes anyway. Most waiting jobs can't use it, for want of places or of quota, and on a large cluster there
+are tens of thousands of them. So what is the same for all is worked out once, until what is kept changes: a bit per
+shape for places, a number of units per queue for quota. Only what an eviction was made for is a matter of one job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from rm.core.backfill import Promised, Reservation, class_ids, coming, needs, still_coming
+from rm.core.keeping import Kept
+from rm.core.model import Attempt, Job
+from rm.core.options import Option
+from rm.core.placement import may_fit
+from rm.core.policy import ANY
+from rm.core.records import replace
+from rm.core.relief import Relief
+from rm.core.state import ClusterState
+
+NOBODY = ""
+Reservations = Mapping[str, Reservation]
+
+
+class Transit:
+    """What is coming, as one cycle sees it until it stops somebody else.
+
+    `before`: the reservations of the last cycle. Whoever had one of what is coming keeps its places.
+    """
+
+    def __init__(
+        self, state: ClusterState, now: float, kept: Kept, stopped: Collection[str], before: Reservations
+    ) -> None:
+        self._state = state
+        self._now = now
+        self._kept = kept
+        self._before = before
+        self._stopped = stopped
+        self._known: Promised | None = None
+        self._ending = (*state.books.ending, *stopped)
+        self._back = quota_back(state, (state.jobs[job_id] for job_id in self._ending))
+        self._room: dict[str, int] = {}
+        """Queue → the most units that it could take once all quota is back."""
+        self.claimants = self._find_claimants()
+        """Waiting jobs for which somebody was evicted, and for which nothing is kept yet."""
+        self._mask = self._fitting() if self._ending else 0
+
+    def less(self) -> None:
+        """Something was given away. What was worked out for all is still a bound."""
+        self._known = None
+
+    def kept_for(self, reservation: Reservation) -> None:
+        """Something more is kept. Where those who were stopped for it give more than it needs, the rest is for all."""
+        self._known = None
+        self.claimants.discard(reservation.job_id)
+        evicted = sum(self._state.jobs[job_id].held_units for job_id in reservation.evicting)
+        if evicted:
+            held = sum(
+                self._kept.holds[node_id].gpu_units
+                for node_id in reservation.need
+                if node_id in self._kept.holds
+            )
+            left = evicted + held - sum(each.gpu_units for each in reservation.need.values())
+            self._mask |= self._state.pending.no_larger(left)
+
+    @property
+    def _promised(self) -> Promised:
+        if self._known is None:
+            self._known = self._kept.promised(self._stopped)
+        return self._known
+
+    def may_do(self) -> bool:
+        """Whether it might be enough for anybody."""
+        return bool(self._mask or self.claimants)
+
+    def mask(self, queue: str) -> int:
+        """The bits of the shapes of this queue for which it might be enough. Never leaves one out that it is for."""
+        if not self._ending:
+            return 0
+        mask = self._mask & self._state.pending.masks[queue]
+        mask = mask and mask & self._state.pending.no_larger(self._most(queue))
+        for job_id in self.claimants:
+            group = self._state.pending.group_of(job_id)
+            if group is not None and group.queue == queue:
+                mask |= group.shape.bit
+        return mask
+
+    def reserve(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+        """What is kept for `job` of what is coming, GPUs and quota, on the first option where that is enough."""
+        no_place = not self._state.policy.queues[job.queue].labels and job.id not in self.claimants
+        for option in options:
+            found, had_quota = self._reserve(job, option)
+            if found is not None:
+                return option, found
+            no_place = no_place and had_quota
+        if no_place:
+            self._mask &= ~self._state.pending.shapes[job.gang].bit  # there is none for anybody of this shape
+        return None
+
+    def _reserve(self, job: Job, option: Option) -> tuple[Reservation | None, bool]:
+        """Also whether it is only for want of a place that there is no reservation."""
+        state, kind, promised = self._state, option.kind, self._promised
+        quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+        old = self._before.get(job.id)
+        if old is not None and not self._still(old, job, option):
+            old = None
+        if old is not None and job.id in self.claimants:
+            return self._again(old), False  # its quota was seen to when somebody was evicted for it
+        back = list(coming(state, job.id, promised))
+        short = quota.available(job.queue, kind) < units
+        if short:
+            charged = quota_back(state, back)
+            for entry in charged:
+                quota.add(*entry)
+            enough = quota.available(job.queue, kind) >= units
+            for queue, of_kind, change in reversed(charged):
+                quota.add(queue, of_kind, -change)
+            if not enough:
+                return None, False
+        if old is not None:
+            return self._again(old), False
+        relief = Relief(job.gang, state.capacity, option.classes, promised.owed)
+        met = [each for each in back if relief.give(each.gang.bundle, attempt_of(each))]
+        places = relief.places() if met or short else None
+        if places is None:
+            return None, bool(met)
+        evicted = tuple(each.id for each in back if attempt_of(each).stop_by == job.id)
+        counted = frozenset((each.id, each.attempts) for each in (back if short else met))
+        return (
+            Reservation(
+                job.id, self._now, needs(job.gang.bundle, places), class_ids(option.classes), counted, evicted
+            ),
+            False,
+        )
+
+    def _still(self, old: Reservation, job: Job, option: Option) -> bool:
+        promised, units = self._promised, job.gang.minimum * job.gang.bundle.gpu_units
+        return (
+            old.at <= self._now
+            and bool(old.counted)
+            and old.classes == class_ids(option.classes)
+            and sum(each.gpu_units for each in old.need.values()) == units
+            and still_coming(old, self._state, job, promised.owed, self._stopped, self._kept.taken)
+        )
+
+    def _again(self, old: Reservation) -> Reservation:
+        ending = set(self._ending)
+        return replace(
+            old, at=self._now, counted=frozenset(each for each in old.counted if each[0] in ending)
+        )
+
+    def _find_claimants(self) -> set[str]:
+        found = set()
+        for job_id in self._ending:
+            attempt = attempt_of(self._state.jobs[job_id])
+            by = attempt.stop_by
+            if (
+                by
+                and attempt.stop is not None
+                and attempt.stop.comes_back
+                and by not in self._promised.holders
+            ):
+                found.add(by)
+        return found
+
+    def _fitting(self) -> int:
+        capacity = self._state.capacity
+        mark = capacity.mark()
+        for node_id, owed in self._promised.owed.items():
+            if node_id in capacity:
+                capacity.keep_free(node_id, owed)
+        for job in coming(self._state, NOBODY, self._promised):
+            capacity.give(job.gang.bundle, attempt_of(job).placed)
+        mask = fitting(self._state)
+        capacity.rollback(mark)
+        return mask
+
+    def _most(self, queue: str) -> int:
+        most = self._room.get(queue)
+        if most is None:
+            quota = self._state.books.quota
+            for entry in self._back:
+                quota.add(*entry)
+            most = self._room[queue] = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
+            for of_queue, kind, change in reversed(self._back):
+                quota.add(of_queue, kind, -change)
+        return most
+
+
+def fitting(state: ClusterState) -> int:
+    """The bits of the waiting shapes that may fit somewhere: an upper bound, so that nobody is missed."""
+    mask, capacity = 0, state.capacity
+    for shape in state.pending.shapes.values():
+        if may_fit(shape.gang, capacity.matching(shape.gang)):
+            mask |= shape.bit
+    return mask
+
+
+def quota_back(state: ClusterState, ending: Iterable[Job]) -> list[tuple[str, str, int]]:
+    """What the queues are charged less when these have ended. What is kept for others stays charged."""
+    back: dict[tuple[str, str], int] = {}
+    for job in ending:
+        if job.queue in state.policy.queues:
+            key = job.queue, state.books.kind(attempt_of(job))
+            back[key] = back.get(key, 0) - job.held_units
+    return [(queue, kind, units) for (queue, kind), units in back.items()]
+
+
+def attempt_of(job: Job) -> Attempt:
+    """The live attempt of a job that has one."""
+    assert job.attempt is not None
+    return job.attempt
