@@ -23,7 +23,7 @@ the same state and time plans nothing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
@@ -46,7 +46,7 @@ from rm.core.options import Option, Options
 from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, queue_key
 from rm.core.outlast import LOOK_AGAIN_S, waited_long
 from rm.core.pending import Group
-from rm.core.placement import feasible, place_elastic
+from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import ANY, Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
@@ -63,6 +63,8 @@ MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
 EVERY = -1
 """The bits of all shapes."""
+FEW_NEW = 16
+"""New jobs up to which it is worth to ask each whether it could start, before all are asked."""
 FEW = 64
 """Admissions in one cycle up to which it pays to ask after each one what still fits."""
 BACKFILL_DEPTH = 100
@@ -76,6 +78,21 @@ class Plan:
     events: tuple[AvailabilityChecked | JobAdmitted | StopRequested, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """A cycle that decided nothing. Until something moves, the next one would not either, but for new jobs.
+
+    `moves`, `lifted`: `Books.moves` and `Pending.lifted` then. `kept_quota`: by job, what its reservation is charged.
+    """
+
+    moves: int
+    lifted: int
+    wake: float | None
+    kept_quota: Mapping[str, tuple[str, str, int]]
+    first_blocked: Job | None
+    bounds: frozenset[str]
+
+
 class Notes:
     """What one cycle tells the next. May be thrown away at any time."""
 
@@ -85,6 +102,7 @@ class Notes:
         self.reservations: dict[str, Reservation] = {}
         self.feasible: dict[tuple[str, Gang], tuple[int, bool]] = {}
         self.failed: Failures = {}
+        self.quiet: Quiet | None = None
         self.moves = -1
         """`Books.moves` when the reservations were made."""
 
@@ -171,6 +189,7 @@ class Cycle:
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
             self.notes.moves = self.state.books.moves
+            self.notes.quiet = None if self.admitted or self._stopped else self._quiet()
             self.state.wake_at = self._wake
 
     def plan(self) -> Plan:
@@ -210,7 +229,7 @@ class Cycle:
         """Steps 2 to 6."""
         state = self.state
         queues = [queue for queue in state.pending.groups if self.open(queue)]
-        if not len(state.capacity) or not queues:
+        if not len(state.capacity) or not queues or self._nothing_new():
             return
         for _ in range(MOST_PASSES):
             before, self._loosened = len(self.admitted), False
@@ -221,6 +240,70 @@ class Cycle:
                 return
             self._start_over()
         self.bounds.add("passes")
+
+    # --- when nothing has happened since a cycle that decided nothing -----------------------------------------
+
+    def _quiet(self) -> Quiet:
+        state = self.state
+        return Quiet(
+            state.books.moves, state.pending.lifted, self._wake, dict(self._kept_quota), self.first_blocked,
+            frozenset(self.bounds),
+        )  # fmt: skip
+
+    def _nothing_new(self) -> bool:
+        """Whether there are only new jobs since such a cycle, and none of them could start. What was kept is kept on.
+
+        With many submissions and a full cluster this is the common case. A new job that would get the reservation
+        gets it in the next cycle after GPUs have changed hands: until then nobody starts in either case.
+        """
+        quiet = self.notes.quiet
+        if quiet is None or self._for_readers or not self._still(quiet):
+            return False
+        reservations = self.notes.reservations
+        if any(self.state.pending.group_of(job_id) is None for job_id in reservations):
+            return False
+        for job_id, reservation in reservations.items():
+            self._charge(*quiet.kept_quota[job_id])
+            self._kept_quota[job_id] = quiet.kept_quota[job_id]
+            self.kept.keep(reservation)
+        if any(self._may_start(job_id) for job_id in self.state.books.unchecked):
+            self._start_over()
+            return False
+        self.first_blocked = quiet.first_blocked
+        self.bounds = set(quiet.bounds)
+        self._wake = quiet.wake
+        return True
+
+    def _still(self, quiet: Quiet) -> bool:
+        state = self.state
+        return (
+            quiet.moves == state.books.moves
+            and quiet.lifted == state.pending.lifted
+            and (quiet.wake is None or quiet.wake > self.now)
+            and state.policy.backfill is not Backfill.NONE
+            and state.policy.order is not Order.SHORTEST_FIRST
+            and not state.books.ending
+            and len(state.books.unchecked) <= FEW_NEW
+            and all(each.at >= self.now for each in self.notes.reservations.values())
+        )
+
+    def _may_start(self, job_id: str) -> bool:
+        """Whether a new job might start now, have somebody evicted, or take the place of whom GPUs are kept for."""
+        pending = self.state.pending
+        group, gang = pending.group_of(job_id), self.state.jobs[job_id].gang
+        if group is None:
+            return False
+        if may_fit(gang, self.state.capacity.matching(gang)) or group.shape.bit & self._searches.mask(
+            group.queue
+        ):
+            return True
+        ahead = [pending.group_of(each) for each in self.kept.reservations]
+        if any(each is not None and each.priority < group.priority for each in ahead):
+            return True
+        dated = any(each.at < inf for each in self.kept.reservations.values())
+        return dated and end_if_started(self.state.jobs[job_id], self.state, self.now) < inf
+
+    # --- the walk, continued ---------------------------------------------------------------------------------
 
     def _pass(self, queues: list[str]) -> None:
         """One walk. An admission can change who comes first, and so for whom GPUs should have been kept."""
@@ -404,13 +487,7 @@ class Cycle:
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
-        quota = self.state.books.quota
-        owned = quota.limited and not quota.borrows(job.queue, option.kind)
         self._charge(job.queue, option.kind, units)
-        if owned and job.queue in self.state.books.evictable and quota.borrows(job.queue, option.kind):
-            # What runs in this queue may be taken back from now on: somebody ahead may have been refused it.
-            self._searches.refresh()
-            self._loosened = True
         self._given.give(job.queue, job.owner, units)
         self._loosened |= self.kept.took(job, places)
         if self._coming is not None:

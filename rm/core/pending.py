@@ -99,6 +99,8 @@ class Pending:
         self._free_numbers: list[int] = []
         self._by_units: list[tuple[int, int]] | None = None
         """(units of a shape's minimum, the bits of the shapes up to there), ascending. None: shapes have changed."""
+        self.lifted = 0
+        """How many the clock has let in, or lifted."""
         self._clock: list[tuple[float, str]] = []
         """Moments at which time alone changes where a job stands: the end of a pause, or its age."""
 
@@ -193,6 +195,7 @@ class Pending:
             _, job_id = heapq.heappop(self._clock)
             if job_id in self._home:
                 self.add(jobs[job_id], now)
+                self.lifted += 1
 
     def next_moment(self) -> float | None:
         """When `advance` will next have something to do."""

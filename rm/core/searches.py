@@ -110,16 +110,6 @@ class Searches:
         found = self._by_right(job, option, kept, stopped) if self._all_rights().get(job.queue) else None
         return self._by_rank(job, option, kept, stopped) if found is None and self._ranked else found
 
-    def refresh(self) -> None:
-        """A queue has begun to borrow in this cycle: what was not to be had before may be now."""
-        self._masks = self._lawful = None
-        self._reclaimers.clear()
-        self._vain.clear()
-        self._in_vain.clear()
-        for failures in self._failed.values():
-            for search in [each for each, failed in failures.items() if failed.at == self._now]:
-                del failures[search]
-
     def _by_right(self, job: Job, option: Option, kept: Kept, stopped: dict[str, None]) -> Eviction | None:
         search = self._search(job, option)
         failures = self._failed.setdefault(job.queue, {})
