@@ -353,14 +353,7 @@ class Cycle:
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
-        quota = self.state.books.quota
-        owned = quota.limited and not quota.borrows(job.queue, option.kind)
         self._charge(job.queue, option.kind, units)
-        if owned and job.queue in self.state.books.evictable and quota.borrows(job.queue, option.kind):
-            # What runs in this queue may be taken back from now on: somebody ahead may have been refused it.
-            self._evictors = None
-            self._no_victims.clear()
-            self._loosened = True
         self._given.give(job.queue, job.owner, units)
         self._loosened |= self.kept.took(job, places)
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
