@@ -59,14 +59,16 @@ def test_the_allocator_is_killed_and_running_jobs_do_not_notice(client, tmp_path
     assert running.view().attempts == queued.view().attempts == 1
 
 
-def test_the_allocator_is_killed_while_gpus_are_reserved_and_released(client) -> None:
-    jobs = client.submit_many(["true"] * 12, num_gpus=4)
+def test_the_allocator_is_killed_while_gpus_are_reserved_and_released(client, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    jobs = client.submit_many([f"echo {number} >> {ran}" for number in range(12)], num_gpus=4)
     for _ in range(3):
         time.sleep(0.4)
         os.kill(client.hello()["pid"], signal.SIGKILL)
     for job in jobs:
-        view = job.wait(120)
-        assert (view.status, view.attempts) == ("SUCCEEDED", 1)
+        assert job.wait(120).status == "SUCCEEDED"
+    # Not the attempts: on a crowded machine a group may not be ready in time, and then another one is made.
+    assert sorted(map(int, ran.read_text().split())) == list(range(12)), "each has run once"
 
 
 def test_a_killed_runner_loses_its_processes_and_the_job_is_tried_again(client, tmp_path: Path) -> None:
