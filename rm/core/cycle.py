@@ -319,7 +319,7 @@ class Cycle:
             pass
 
     def _admit_claimants(self) -> None:
-        """Fair order: who was made room for gets it, unless a higher priority has come.
+        """Fair order: who was made room for gets it.
 
         Those who stand before it now may owe that to the very eviction: their owner, or their queue, has less since.
         """
@@ -327,8 +327,6 @@ class Cycle:
         for job_id in sorted(self._claims, key=lambda each: self.state.jobs[each].seq):
             group, job = pending.group_of(job_id), self.state.jobs[job_id]
             if group is None or job_id in self.admitted or not self.open(job.queue):
-                continue
-            if any(lane.priority > group.priority for lane in pending.lanes[job.queue].values()):
                 continue
             self._admit_somewhere(job, self.notes.options.of(job.queue, job.gang), group.shape.bit)
 
