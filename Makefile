@@ -11,8 +11,8 @@ demo: $(STAMP)
 
 # Two runs: the tests of processes and descriptors look at their own process, which must not have Ray in it.
 test: lint types layers services
-	$(BIN)/python -m pytest -n 2 -m "not ray and not own_ray"
-	$(BIN)/python -m pytest -n 3 -m "ray or own_ray" --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not own_ray"
+	$(BIN)/python -m pytest -n 2 -m "ray or own_ray" --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

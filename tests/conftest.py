@@ -23,20 +23,22 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["RUNTIME_ENV_RETRY_TIMES"] = "1"
 """Ray retries a failing pip install three times with pauses; one try is enough to see it fail."""
+os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
+"""Ray's agent on each node measures all processes every 5 s, which costs more than most tests."""
 os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
 
 
-LONG = ("acceptance", "test_scheduling_on_ray.py")
-"""What runs long on a shared cluster: on one of its own, beside the others."""
+AFTERWARDS = ("faults", "test_scheduling_on_ray.py")
+"""What shares a cluster and goes to whichever worker is done first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: what shares a cluster stays in one worker; what starts a Ray of its own in another."""
     for item in items:
         if item.get_closest_marker("ray"):
-            long = any(name in item.path.parts for name in LONG)
-            item.add_marker(pytest.mark.xdist_group("long" if long else "cluster"))
+            after = any(name in item.path.parts for name in AFTERWARDS)
+            item.add_marker(pytest.mark.xdist_group("afterwards" if after else "cluster"))
         elif item.get_closest_marker("own_ray"):
             item.add_marker(pytest.mark.xdist_group("alone"))
 
@@ -56,6 +58,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
         "num_gpus": 8,
         "object_store_memory": 100 * 2**20,
         "include_dashboard": False,
+        # Nobody reads drivers' logs here, and nothing grows: two processes less on each node.
+        "include_log_monitor": False,
+        "no_monitor": True,
     }
     cluster = Cluster(
         initialize_head=True,

@@ -53,7 +53,7 @@ def local_ray(directory: Path, num_gpus: int | None) -> Iterator[LocalRay]:
 
     if num_gpus is None and not _has_gpus():
         num_gpus = LOGICAL_GPUS
-    with LocalRay.start(num_gpus, temp_dir=directory, fate_share=True) as local:
+    with LocalRay.start(num_gpus, temp_dir=directory, fate_share=True, dashboard=False) as local:
         yield local
 
 

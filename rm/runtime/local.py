@@ -90,14 +90,16 @@ class LocalRay:
         fate_share: bool = True,
         home: str | Path | None = None,
         object_store_bytes: int = OBJECT_STORE_BYTES,
+        dashboard: bool = True,
         dashboard_port: int = 0,
         timeout_s: float = 60.0,
     ) -> Self:
         """Start a head and `nodes - 1` more nodes; return when they are up (6 s, and 2 s for each further node).
 
         `num_gpus`, `num_cpus`: per node; None: the machine's own, divided among the nodes, or 4 logical GPUs each.
-        `labels`: of every node, or one mapping per node. `object_store_bytes`: per node. `dashboard_port`: taken if it
-        is free, else another. `fate_share`: the cluster ends with this process, and when this object is dropped;
+        `labels`: of every node, or one mapping per node. `object_store_bytes`: per node. `dashboard`: without it there
+        is no `ray job submit` and no web page, and a dozen processes less. `dashboard_port`: taken if it is free, else
+        another. `fate_share`: the cluster ends with this process, and when this object is dropped;
         without it, it lives on, is recorded in `home` for `find`, and becomes the machine's default cluster (what
         `ray.init()`, `ray status` and `ray job submit` find) unless another one that runs is.
 
@@ -125,6 +127,7 @@ class LocalRay:
                 "num_cpus": num_cpus,
                 "labels": [dict(one) for one in each],
                 "object_store_bytes": object_store_bytes,
+                "dashboard": dashboard,
                 "dashboard_port": dashboard_port,
                 "fate_share": fate_share,
                 "starter": os.getpid(),

@@ -90,7 +90,7 @@ def _start_nodes(local: LocalRay, order: dict[str, Any]) -> None:
         "dashboard_agent_listen_port": 0,
     }
     head = {
-        "include_dashboard": True,
+        "include_dashboard": order["dashboard"],
         "dashboard_host": "127.0.0.1",
         "dashboard_port": order["dashboard_port"] if _is_free(order["dashboard_port"]) else 0,
         "_system_config": {"raylet_report_resources_period_milliseconds": REPORT_PERIOD_MS},
@@ -103,7 +103,7 @@ def _start_nodes(local: LocalRay, order: dict[str, Any]) -> None:
             os.environ[variable] = ids
         cluster.add_node(**common, num_gpus=gpus, labels=one, **(head if cluster.head_node is None else {}))
     local.address = cluster.address
-    local.dashboard_url = f"http://{cluster.webui_url}"
+    local.dashboard_url = f"http://{cluster.webui_url}" if order["dashboard"] else ""
 
 
 def _share_gpus(local: LocalRay, wanted: int | None, nodes: int) -> list[tuple[str, str]]:

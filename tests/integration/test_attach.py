@@ -97,7 +97,8 @@ def rays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LocalRa
     owner = Place(tmp_path_factory.mktemp("owner"))
     code = (
         "import json, sys; from rm.runtime.local import LocalRay; from dataclasses import asdict\n"
-        "with LocalRay.start(num_gpus=1) as ray: print(json.dumps(asdict(ray)), flush=True); sys.stdin.read()"
+        "with LocalRay.start(num_gpus=1, dashboard=False) as ray:\n"
+        "    print(json.dumps(asdict(ray)), flush=True); sys.stdin.read()"
     )
     children = [
         subprocess.Popen(

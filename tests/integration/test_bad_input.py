@@ -186,14 +186,6 @@ def test_sigterm_ignored_by_all_of_a_tree_is_no_way_out(client) -> None:
     assert not user_processes()
 
 
-def test_runtime_env_that_cannot_be_set_up(client) -> None:
-    job = client.submit("true", num_gpus=1, runtime_env={"pip": ["no-such-package-of-ours==1.2.3"]})
-    view = job.wait(150)
-    assert view.status == "FAILED"
-    assert "runtime_env" in view.outcome["message"]
-    assert "no-such-package-of-ours" in view.outcome["message"]
-
-
 def test_waiting_has_an_end(client) -> None:
     job = client.submit("sleep 1000", num_gpus=1)
     with pytest.raises(JobNotFinished, match="it goes on"):

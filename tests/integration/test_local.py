@@ -103,7 +103,7 @@ def test_a_cluster_ends_with_a_killed_starter() -> None:
     """Also if the starter forked a child that lives on and holds the pipe by which the launcher watches it."""
     code = (
         "import json, os, time; from dataclasses import asdict; from rm.runtime.local import LocalRay\n"
-        "local = LocalRay.start(num_gpus=1)\n"
+        "local = LocalRay.start(num_gpus=1, dashboard=False)\n"
         "if os.fork() == 0: time.sleep(20); os._exit(0)\n"
         "print(json.dumps(asdict(local)), flush=True); time.sleep(100)"
     )

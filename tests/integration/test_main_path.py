@@ -106,7 +106,11 @@ def test_working_dir_is_shipped_by_value(client, tmp_path: Path) -> None:
     assert job.logs() == "42 False\n"
 
 
-def test_pip_packages_of_a_runtime_env_are_there(client, tmp_path: Path) -> None:
+def test_pip_packages_of_a_runtime_env_are_there_or_the_job_tells_which_is_not(
+    client, tmp_path: Path
+) -> None:
+    # First, so that both virtual environments are made at the same time.
+    missing = client.submit("true", num_gpus=1, runtime_env={"pip": ["no-such-package-of-ours==1.2.3"]})
     wheel = tmp_path / "tiny_wheel_of_ours-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         info = "tiny_wheel_of_ours-1.0.dist-info"
@@ -120,6 +124,10 @@ def test_pip_packages_of_a_runtime_env_are_there(client, tmp_path: Path) -> None
     job = client.submit(command, num_gpus=1, runtime_env={"pip": [str(wheel)]})
     assert job.wait(120).status == "SUCCEEDED", job.view().outcome
     assert job.logs() == "installed\n"
+    view = missing.wait(150)
+    assert view.status == "FAILED"
+    assert "runtime_env" in view.outcome["message"]
+    assert "no-such-package-of-ours" in view.outcome["message"]
 
 
 def test_reports_checkpoint_dir_and_should_stop(client) -> None:

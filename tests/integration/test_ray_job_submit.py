@@ -69,7 +69,7 @@ def jobs_in_ledger(head: SimpleNamespace) -> dict[str, Job]:
 @pytest.mark.torch
 def test_train_digits_on_two_gpus(run, head) -> None:
     done = run("ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train_digits.py", "--num-gpus", "2",
-               "--epochs", "6")  # fmt: skip
+               "--epochs", "4")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (accuracy,) = re.findall(r"test accuracy (0\.\d+)", done.stdout)
     assert float(accuracy) >= 0.95

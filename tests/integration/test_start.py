@@ -45,13 +45,13 @@ def answers(children: list[subprocess.Popen[str]]) -> list[dict]:
 
 
 def test_clients_that_start_it_at_once_get_the_same_one_and_its_ledger_outlives_ray(tmp_path: Path) -> None:
-    with LocalRay.start(num_gpus=2, num_cpus=2, nodes=2) as head:
+    with LocalRay.start(num_gpus=2, num_cpus=2, nodes=2, dashboard=False) as head:
         first = answers([connect(head.address, tmp_path) for _ in range(3)])
     assert len({each["pid"] for each in first}) == 1
     assert {each["allocators"] for each in first} == {1}
     assert all(each["on_head"] for each in first), "allocator and store live on the head node"
     assert {each["job"] for each in first} == {"j1", "j2", "j3"}
-    with LocalRay.start(num_gpus=2, num_cpus=2) as head:
+    with LocalRay.start(num_gpus=2, num_cpus=2, dashboard=False) as head:
         (second,) = answers([connect(head.address, tmp_path)])
     assert second["ledger_key"] == first[0]["ledger_key"], "the same ledger under a new Ray"
     assert second["job"] == "j4"

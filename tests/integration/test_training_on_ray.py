@@ -26,7 +26,7 @@ def weights(log: str) -> str:
 
 
 def test_digits_on_two_gpus_and_the_weights_survive_a_killed_runner(client) -> None:
-    command = "python jobs/train_digits.py --epochs 6 --checkpoint-every 20"
+    command = "python jobs/train_digits.py --epochs 4 --checkpoint-every 20"
     options = {"num_gpus": 2, "nproc_per_node": "gpu", "working_dir": REPO}
     calm = client.submit(command, **options)
     assert calm.wait(120).status == "SUCCEEDED"
