@@ -164,6 +164,8 @@ class Cycle:
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
+        self._earlier: dict[str, Reservation] = {}
+        """What the last walk of this cycle kept, and had to forget."""
         self._kept_coming = 0
         self._kept_version = 0
         """Grows whenever what is kept changes, or who is stopped."""
@@ -333,6 +335,8 @@ class Cycle:
     def _start_over(self) -> None:
         """Forget what was kept, but for those whose victims were told already."""
         forgotten = [job_id for job_id in self.kept.reservations if job_id not in self._evicting]
+        kept = self.kept.reservations
+        self._earlier = {job_id: kept[job_id] for job_id in forgotten if kept[job_id].at > self.now}
         self.kept.forget(forgotten)
         for job_id in forgotten:
             queue, kind, units = self._kept_quota.pop(job_id)
@@ -558,13 +562,14 @@ class Cycle:
         self._keep(job, option, reservation)
 
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
-        """The date that the last cycle promised, where it still holds: it does not move without need."""
-        old = self.notes.reservations.get(job.id)
+        """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
+        earlier = self._earlier.get(job.id)
+        old = earlier or self.notes.reservations.get(job.id)
         if old is None or old.evicting:
             return None
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
         unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
-        if old.at == inf and not (unmoved and not self.kept.reservations):
+        if old.at == inf and earlier is None and not (unmoved and not self.kept.reservations):
             return None
         option = next((each for each in options if class_ids(each.classes) == old.classes), None)
         if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
