@@ -95,6 +95,22 @@ def test_who_has_a_right_to_victims_that_were_not_sought(monkeypatch: pytest.Mon
     assert [(stop.job_id, stop.by) for stop in stops] == [("j2", "small")]
 
 
+def test_a_search_that_failed_is_repeated_when_gpus_have_changed_hands() -> None:
+    fake = FakeCluster(policy=Policy(queues={"default": QueuePolicy("default", preempt=Preempt.LOWER)}))
+    fake.add_node("n", 4)
+    stays = fake.submit(2, preemptible=False, priority=-100, behaviour=Behaviour(1000.0))
+    fake.submit(2, priority=-100, behaviour=Behaviour(1000.0))
+    fake.now = 10.0
+    fake.state.apply(JobSubmitted(fake.now, replace(waiting("large", 3, 4, None), priority=100)))
+    assert not [each for each in schedule_and_apply(fake) if isinstance(each, StopRequested)]
+    fake.cancel(stays)
+    while stays in fake.state.jobs:
+        assert fake.step()
+    fake.now += searches.AGAIN_S
+    stops = [each for each in schedule_and_apply(fake) if isinstance(each, StopRequested)]
+    assert [(stop.job_id, stop.by) for stop in stops] == [("j2", "large")]
+
+
 def schedule_and_apply(fake: FakeCluster) -> Sequence[AvailabilityChecked | JobAdmitted | StopRequested]:
     events = cycle.schedule(fake.state, fake.now).events
     for event in events:
