@@ -513,7 +513,7 @@ class Cycle:
         bit = state.pending.shapes[job.gang].bit
         evicts = may_hold and bool(bit & self._searches.mask(job.queue))
         may_hold = may_hold and (evicts or self._kept_coming < KEPT_COMING)
-        if may_hold and bit & self._transit().mask(job.queue):
+        if may_hold and self._transit().may_be_for(job, bit):
             coming = self._transit().reserve(job, options)
             if coming is not None:
                 self._kept_coming += 1

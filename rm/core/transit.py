@@ -21,6 +21,7 @@ from rm.core.relief import Relief
 from rm.core.state import ClusterState
 
 NOBODY = ""
+_PLACE, _QUOTA = "place", "quota"
 Reservations = Mapping[str, Reservation]
 
 
@@ -57,6 +58,7 @@ class Transit:
         self.claimants.discard(reservation.job_id)
         evicted = sum(self._state.jobs[job_id].held_units for job_id in reservation.evicting)
         if evicted:
+            self._room.clear()  # their quota is for all now
             held = sum(
                 self._kept.holds[node_id].gpu_units
                 for node_id in reservation.need
@@ -79,35 +81,49 @@ class Transit:
         """The bits of the shapes of this queue for which it might be enough. Never leaves one out that it is for."""
         if not self._ending:
             return 0
-        mask = self._mask & self._state.pending.masks[queue]
-        mask = mask and mask & self._state.pending.no_larger(self._most(queue))
+        mask = self._for_all(queue)
         for job_id in self.claimants:
             group = self._state.pending.group_of(job_id)
             if group is not None and group.queue == queue:
                 mask |= group.shape.bit
         return mask
 
+    def may_be_for(self, job: Job, bit: int) -> bool:
+        """Whether it might be enough for this job, whose shape has this bit."""
+        return bool(self._ending) and (job.id in self.claimants or bool(bit & self._for_all(job.queue)))
+
+    def _for_all(self, queue: str) -> int:
+        mask = self._mask & self._state.pending.masks[queue]
+        return mask and mask & self._state.pending.no_larger(self._most(queue))
+
     def reserve(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """What is kept for `job` of what is coming, GPUs and quota, on the first option where that is enough."""
-        no_place = not self._state.policy.queues[job.queue].labels and job.id not in self.claimants
+        wants = set()
         for option in options:
-            found, had_quota = self._reserve(job, option)
+            found, want = self._reserve(job, option)
             if found is not None:
                 return option, found
-            no_place = no_place and had_quota
-        if no_place:
+            wants.add(want)
+        if job.id in self.claimants:
+            return None
+        if wants == {_PLACE} and not self._state.policy.queues[job.queue].labels:
             self._mask &= ~self._state.pending.shapes[job.gang].bit  # there is none for anybody of this shape
+        if wants == {_QUOTA} and not job.gang.gpu_types:
+            # Nor is there quota for anybody of this queue who wants as much.
+            self._room[job.queue] = min(
+                self._most(job.queue), job.gang.minimum * job.gang.bundle.gpu_units - 1
+            )
         return None
 
-    def _reserve(self, job: Job, option: Option) -> tuple[Reservation | None, bool]:
-        """Also whether it is only for want of a place that there is no reservation."""
+    def _reserve(self, job: Job, option: Option) -> tuple[Reservation | None, str]:
+        """Also for want of what there is no reservation."""
         state, kind, promised = self._state, option.kind, self._promised
         quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
         old = self._before.get(job.id)
         if old is not None and not self._still(old, job, option):
             old = None
         if old is not None and job.id in self.claimants:
-            return self._again(old), False  # its quota was seen to when somebody was evicted for it
+            return self._again(old), ""  # its quota was seen to when somebody was evicted for it
         back = list(coming(state, job.id, promised))
         short = quota.available(job.queue, kind) < units
         if short:
@@ -118,21 +134,21 @@ class Transit:
             for queue, of_kind, change in reversed(charged):
                 quota.add(queue, of_kind, -change)
             if not enough:
-                return None, False
+                return None, _QUOTA
         if old is not None:
-            return self._again(old), False
+            return self._again(old), ""
         relief = Relief(job.gang, state.capacity, option.classes, promised.owed)
         met = [each for each in back if relief.give(each.gang.bundle, attempt_of(each))]
         places = relief.places() if met or short else None
         if places is None:
-            return None, bool(met)
+            return None, _PLACE if met else ""
         evicted = tuple(each.id for each in back if attempt_of(each).stop_by == job.id)
         counted = frozenset((each.id, each.attempts) for each in (back if short else met))
         return (
             Reservation(
                 job.id, self._now, needs(job.gang.bundle, places), class_ids(option.classes), counted, evicted
             ),
-            False,
+            "",
         )
 
     def _still(self, old: Reservation, job: Job, option: Option) -> bool:
