@@ -92,7 +92,7 @@ class _World:
 
     def _could_hold(self, queue: str, gang: Gang) -> bool:
         rules = self.policy.queues[queue]
-        units = gang.minimum * gang.bundle.gpu_units
+        units = gang.least_units
         if rules.max_gpus_per_owner is not None and units > rules.max_gpus_per_owner:
             return False
         wanted = replace(gang, labels=tuple(sorted({*gang.labels, *rules.labels})))

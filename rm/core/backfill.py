@@ -127,14 +127,7 @@ def still_good(
     """Whether an earlier cycle's reservation still holds its date: its nodes are there, and T is to come."""
     if reservation.at < now:
         return False
-    bundle = job.gang.bundle
-    for node_id, need in reservation.need.items():
-        if node_id not in state.capacity:
-            return False
-        then = _free_at(node_id, reservation, state, (taken or {}).get(node_id, ()))
-        if then.copies(bundle) * bundle.gpu_units < need.gpu_units:
-            return False
-    return True
+    return _has_room(reservation, state, job, taken or {}, {})
 
 
 def still_coming(
@@ -147,16 +140,32 @@ def still_coming(
 ) -> bool:
     """Whether an earlier cycle's reservation of what is on its way back will be met where it was made."""
     for job_id, attempt in reservation.counted:
-        other = state.jobs.get(job_id)
-        lives = other is not None and other.attempt is not None and other.attempts == attempt
-        if lives and job_id not in state.books.ending and job_id not in stopped:
+        if lives(job_id, attempt, state) and job_id not in state.books.ending and job_id not in stopped:
             return False
+    return _has_room(reservation, state, job, taken, owed)
+
+
+def lives(job_id: str, attempt: int, state: ClusterState) -> bool:
+    """Whether this attempt of the job still holds its GPUs."""
+    job = state.jobs.get(job_id)
+    return job is not None and job.attempt is not None and job.attempts == attempt
+
+
+def _has_room(
+    reservation: Reservation,
+    state: ClusterState,
+    job: Job,
+    taken: Mapping[str, Sequence[Taken]],
+    owed: Mapping[str, Amount],
+) -> bool:
+    """Whether its nodes are there, and hold what it needs when it is due beside what is `owed` to others."""
     bundle = job.gang.bundle
     for node_id, need in reservation.need.items():
         if node_id not in state.capacity:
             return False
-        others = owed.get(node_id, NOTHING)
-        then = _free_at(node_id, reservation, state, taken.get(node_id, ())).without(others)
+        then = _free_at(node_id, reservation, state, taken.get(node_id, ()))
+        if node_id in owed:
+            then = then.without(owed[node_id])
         if then.copies(bundle) * bundle.gpu_units < need.gpu_units:
             return False
     return True
@@ -245,7 +254,7 @@ def _still_there(
         assert job.attempt is not None
         if (job_id, job.attempts) in reservation.counted:
             continue
-        if job_id in state.books.ending and not _claimed(job.attempt, state, reservation.job_id):
+        if job_id in state.books.ending and not claimed(job.attempt, state, reservation.job_id):
             continue
         if state.books.planned_end(job) <= reservation.at < inf:
             continue
@@ -266,11 +275,11 @@ def coming(state: ClusterState, for_job: str, promised: Promised) -> Iterator[Jo
     for job_id in (*state.books.ending, *promised.stopped):
         job = state.jobs[job_id]
         assert job.attempt is not None
-        if not _claimed(job.attempt, state, for_job) or job.attempt.stop_by in promised.holders:
+        if not claimed(job.attempt, state, for_job) or job.attempt.stop_by in promised.holders:
             yield job
 
 
-def _claimed(attempt: Attempt, state: ClusterState, for_job: str) -> bool:
+def claimed(attempt: Attempt, state: ClusterState, for_job: str) -> bool:
     """Whether the attempt was evicted for another job than this one, and that job could still start."""
     if attempt.stop is None or not attempt.stop.comes_back or attempt.stop_by == for_job:
         return False

@@ -34,6 +34,7 @@ from rm.core.backfill import (
     Reservation,
     class_ids,
     end_if_started,
+    lives,
     reserve,
     still_good,
 )
@@ -47,7 +48,7 @@ from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, qu
 from rm.core.outlast import LOOK_AGAIN_S, waited_long
 from rm.core.pending import Group
 from rm.core.placement import feasible, may_fit, place_elastic
-from rm.core.policy import ANY, Backfill, Order
+from rm.core.policy import Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
 from rm.core.searches import AGAIN_S, Failures, Searches
@@ -82,10 +83,9 @@ class Plan:
 class Quiet:
     """A cycle that decided nothing. Until something moves, the next one would not either, but for new jobs.
 
-    `moves`, `lifted`: `Books.moves` and `Pending.lifted` then. `kept_quota`: by job, what its reservation is charged.
+    `lifted`: `Pending.lifted` then. `kept_quota`: by job, what its reservation is charged.
     """
 
-    moves: int
     lifted: int
     wake: float | None
     kept_quota: Mapping[str, tuple[str, str, int]]
@@ -248,7 +248,7 @@ class Cycle:
     def _quiet(self) -> Quiet:
         state = self.state
         return Quiet(
-            state.books.moves, state.pending.lifted, self._wake, dict(self._kept_quota), self.first_blocked,
+            state.pending.lifted, self._wake, dict(self._kept_quota), self.first_blocked,
             frozenset(self.bounds),
         )  # fmt: skip
 
@@ -279,7 +279,7 @@ class Cycle:
     def _still(self, quiet: Quiet) -> bool:
         state = self.state
         return (
-            quiet.moves == state.books.moves
+            self.notes.moves == state.books.moves
             and quiet.lifted == state.pending.lifted
             and (quiet.wake is None or quiet.wake > self.now)
             and state.policy.backfill is not Backfill.NONE
@@ -509,7 +509,7 @@ class Cycle:
         state = self.state
         if job.id in self.kept.reservations:
             return
-        may_hold = self.owner_left(job) >= job.gang.minimum * job.gang.bundle.gpu_units
+        may_hold = self.owner_left(job) >= job.gang.least_units
         bit = state.pending.shapes[job.gang].bit
         evicts = may_hold and bool(bit & self._searches.mask(job.queue))
         may_hold = may_hold and (evicts or self._kept_coming < KEPT_COMING)
@@ -593,7 +593,7 @@ class Cycle:
         """Nobody behind `job` gets what the reservation needs, nor the quota for it."""
         if self.first_blocked is None:
             self.first_blocked = job
-        kept = job.queue, option.kind, job.gang.minimum * job.gang.bundle.gpu_units
+        kept = job.queue, option.kind, job.gang.least_units
         self._charge(*kept)
         self._kept_quota[job.id] = kept
         self.kept.keep(reservation)
@@ -649,7 +649,7 @@ class Cycle:
             if in_time:
                 yield job, in_time
 
-    # --- what shortest_first sets above the rank ------------------------------------------------------------
+    # --- what counts more than the order ----------------------------------------------------------------------
 
     def _victims_gone(self) -> frozenset[str]:
         """Those for whom others were stopped that are gone. Who stands before them had no right to that."""
@@ -663,11 +663,9 @@ class Cycle:
 
     def _still_there(self, reservation: Reservation) -> bool:
         """Whether any of those who were stopped for it holds GPUs yet."""
-        jobs = self.state.jobs
-        attempts = dict(reservation.counted)
         return any(
-            each in jobs and jobs[each].attempt is not None and jobs[each].attempts == attempts.get(each)
-            for each in reservation.evicting
+            job_id in reservation.evicting and lives(job_id, attempt, self.state)
+            for job_id, attempt in reservation.counted
         )
 
     def _standing(self, job: Job) -> tuple[int, bool]:
@@ -721,8 +719,7 @@ class Cycle:
         quota = self.state.books.quota
         if not quota.limited:
             return EVERY
-        left = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
-        return self.state.pending.no_larger(left)
+        return self.state.pending.no_larger(quota.most_available(queue))
 
     def _fitting_in_time(self) -> int:
         """The bits of the shapes that may fit where GPUs are kept, and that some job wants for a short enough time."""
@@ -746,7 +743,7 @@ class Cycle:
         if not quota.limited:
             return (claims,)
         gang = group.shape.gang
-        units = gang.minimum * gang.bundle.gpu_units
+        units = gang.least_units
         kinds = {option.kind for option in self.notes.options.of(group.queue, gang)}
         most = min((borrowing(quota.within(group.queue, kind, units)) for kind in kinds), default=inf)
         return claims, most
@@ -757,10 +754,10 @@ class Cycle:
         if quota.limited:
             if group is not None:
                 gang = group.shape.gang
-                units = gang.minimum * gang.bundle.gpu_units
+                units = gang.least_units
                 kinds = {option.kind for option in self.notes.options.of(queue, gang)}
             else:
-                units, kinds = 1, {*quota.kinds, ANY}
+                units, kinds = 1, set(quota.every_kind)
             nothing = (False,) * len(within)
             within = max((quota.within(queue, kind, units) for kind in kinds), default=nothing)
         return queue_key(queue, within, self.state)

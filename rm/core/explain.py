@@ -141,7 +141,7 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
 
 
 def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:
-    quota, units = cycle.state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+    quota, units = cycle.state.books.quota, job.gang.least_units
     options = cycle.notes.options.of(job.queue, job.gang)
     most = max((quota.most(job.queue, option.kind) for option in options), default=0)
     rules = cycle.state.policy.queues.get(job.queue)
@@ -170,7 +170,7 @@ def _quota(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     ):
         return None
     books, rules = cycle.state.books, cycle.state.policy.queues[job.queue]
-    units = job.gang.minimum * job.gang.bundle.gpu_units
+    units = job.gang.least_units
     held = books.held_by(job.queue, job.owner)
     if rules.max_gpus_per_owner is not None and held + units > rules.max_gpus_per_owner:
         return Reason(

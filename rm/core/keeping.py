@@ -2,8 +2,7 @@
 
 A reservation names what a job needs and when (`backfill`): GPUs, and the CPUs and memory beside them. What of it is
 free already is *held*: it is unavailable to everybody behind, by the same means by which what strangers have is. What
-is not free yet is *owed*. Jobs that end before
-the reservations are due may look at the nodes with the holds lifted.
+is not free yet is *owed*. Jobs that end before the reservations are due may look at the nodes with the holds lifted.
 """
 
 from __future__ import annotations

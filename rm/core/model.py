@@ -81,6 +81,11 @@ class Gang:
         """The fewest bundles with which it runs."""
         return self.least or self.count
 
+    @property
+    def least_units(self) -> int:
+        """GPU units with which it runs at least."""
+        return self.minimum * self.bundle.gpu_units
+
     def sized(self, count: int) -> Gang:
         """The same with exactly `count` bundles."""
         return Gang(self.bundle, count, self.strategy, self.gpu_types, self.labels)

@@ -19,12 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rm.core.backfill import Fresh, Promised, Reservation, class_ids, coming, needs
-from rm.core.capacity import NodeClass, usable
+from rm.core.capacity import NodeClass, copies_in, usable
 from rm.core.model import Attempt, Gang, Job, Node, StopCause, Strategy
 from rm.core.preemption import AT_ONCE_S, Eviction
 from rm.core.relief import Relief
-from rm.core.resources import GPU_UNIT, NOTHING, Amount
+from rm.core.resources import GPU_UNIT, NOTHING, Amount, Devices
 from rm.core.state import ClusterState
+from rm.core.transit import attempt_of
 
 GAIN = 8.0
 RESTART_S = 60.0
@@ -85,18 +86,18 @@ class Outlast:
         candidates: list[tuple[Job, Attempt, float]] = []
         for job_id in state.books.charged_jobs():
             job = state.jobs[job_id]
-            attempt = _attempt(job)
+            attempt = attempt_of(job)
             if waited_long(job, attempt.admitted_at, state) and now < attempt.admitted_at + GUARD_S:
                 self._guarded[job_id] = job.held_units
             elif self._may_be_stopped(job, attempt):
                 since = max(attempt.started_at or 0.0, attempt.checkpoint_at or 0.0)
                 candidates.append((job, attempt, now - since))
         waiting = (
-            state.jobs.get(by) for by in {_attempt(state.jobs[each]).stop_by for each in state.books.ending}
+            state.jobs.get(by) for by in {attempt_of(state.jobs[each]).stop_by for each in state.books.ending}
         )
         for each in waiting:
             if each is not None and each.attempt is None and waited_long(each, now, state):
-                self._guarded[each.id] = _least_units(each)
+                self._guarded[each.id] = each.gang.least_units
         self._candidates = candidates
         self._just_saved = self._ranked(each for each in candidates if each[2] <= MOST_LOST_S)
         self._any: dict[str, list[_Victim]] | None = None
@@ -140,7 +141,7 @@ class Outlast:
         )  # fmt: skip
         eviction = self._on_one_node(mine) if job.gang.minimum == 1 else self._on_whole_nodes(mine)
         if aged and eviction is not None:
-            self._guarded[job.id] = _least_units(job)
+            self._guarded[job.id] = job.gang.least_units
         return eviction
 
     def _too_many_guarded(self, fresh: Fresh) -> bool:
@@ -227,7 +228,7 @@ class Outlast:
         charged: list[tuple[str, str, int]] = []
 
         def move(other: Job, sign: int) -> None:
-            attempt = _attempt(other)
+            attempt = attempt_of(other)
             (relief.take if sign > 0 else relief.give)(other.gang.bundle, attempt)
             if other.queue in self._state.policy.queues:
                 entry = other.queue, books.kind(attempt), sign * other.held_units
@@ -235,9 +236,11 @@ class Outlast:
                 charged.append(entry)
 
         def enough() -> bool:
-            return quota.available(job.queue, mine.kind) >= _least_units(job) and relief.places() is not None
+            return (
+                quota.available(job.queue, mine.kind) >= job.gang.least_units and relief.places() is not None
+            )
 
-        try:
+        with quota.tried(charged):
             for other in mine.coming:
                 move(other, -1)
             for each in victims:
@@ -254,9 +257,6 @@ class Outlast:
                 else:
                     move(each.job, -1)
             places = relief.places()
-        finally:
-            for queue, kind, units in reversed(charged):
-                quota.add(queue, kind, -units)
         if places is None or not chosen:
             return None
         ids = tuple(each.job.id for each in chosen)
@@ -296,12 +296,12 @@ class Outlast:
 
 def _copies(gang: Gang, node: Node) -> int:
     """How many of the gang's bundles the node would take, were it empty; 0 where a whole gang must fit and does not."""
-    bundle = gang.bundle
-    copies = node.gpu_slots * GPU_UNIT // bundle.gpu_units
-    if bundle.cpu_milli:
-        copies = min(copies, (node.cpu_milli - node.foreign_cpu_milli) // bundle.cpu_milli)
-    if bundle.memory_bytes:
-        copies = min(copies, (node.memory_bytes - node.foreign_memory_bytes) // bundle.memory_bytes)
+    copies = copies_in(
+        gang.bundle,
+        Devices.whole(node.gpu_slots),
+        node.cpu_milli - node.foreign_cpu_milli,
+        node.memory_bytes - node.foreign_memory_bytes,
+    )
     if gang.strategy is Strategy.STRICT_SPREAD:
         return min(1, copies)
     return 0 if gang.strategy is Strategy.STRICT_PACK and copies < gang.minimum else copies
@@ -321,18 +321,9 @@ def _by_node(jobs: Iterable[Job]) -> dict[str, Amount]:
     held: dict[str, Amount] = {}
     for job in jobs:
         one = Amount.of(job.gang.bundle)
-        for each in _attempt(job).placed:
+        for each in attempt_of(job).placed:
             held[each.node_id] = held.get(each.node_id, NOTHING) + one
     return held
-
-
-def _least_units(job: Job) -> int:
-    return job.gang.minimum * job.gang.bundle.gpu_units
-
-
-def _attempt(job: Job) -> Attempt:
-    assert job.attempt is not None
-    return job.attempt
 
 
 def _pays(mine: _Claim, victims: list[_Victim]) -> bool:

@@ -30,7 +30,7 @@ class Shape:
         self.gang = gang
         self.number = number
         self.bit = 1 << number
-        self.least_units = gang.minimum * gang.bundle.gpu_units
+        self.least_units = gang.least_units
         self.jobs = 0
         self.limits_s: list[float] = []
 

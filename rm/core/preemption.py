@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import merge
 from itertools import chain, islice
 from math import inf
@@ -26,7 +27,7 @@ from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, StopCause
 from rm.core.pending import ONE_NAME
-from rm.core.policy import ANY, Order, Reclaim
+from rm.core.policy import Order, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT
@@ -100,7 +101,6 @@ class Victims:
         self._now = now
         self._wake = wake
         self._sorted: dict[str, list[_Run]] = {}
-        self._elastic: dict[str, list[_Run]] | None = None
         self.looked = 0
 
     def evict(self, job: Job, kind: str, classes: Sequence[NodeClass], promised: Promised) -> Eviction | None:
@@ -111,7 +111,7 @@ class Victims:
         on_their_way = list(coming(state, job.id, promised))
         if first is None and not state.books.ending and not promised.stopped:
             return None
-        quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+        quota, units = state.books.quota, job.gang.least_units
         charged = quota_back(state, on_their_way)
 
         def charge(candidate: _Candidate, sign: int) -> None:
@@ -123,40 +123,34 @@ class Victims:
             return quota.available(job.queue, kind) >= units and relief.fits()
 
         chosen: list[_Candidate] = []
-        for entry in charged:
-            quota.add(*entry)
-        try:
-            with Relief(job.gang, state.capacity, classes, promised.owed) as relief:
-                for other in on_their_way:
-                    relief.give(other.gang.bundle, attempt_of(other))
-                met = enough()  # what is on its way back may do
-                for each in () if met or first is None else chain((first,), candidates):
-                    self.looked += 1
-                    mine = each.run.kind
-                    if each.borrowing and not quota.may_reclaim(job.queue, units, each.job.queue, mine):
-                        continue  # the victims before it have brought its queue back to what it owns
-                    useful = relief.give(each.job.gang.bundle, each.part)
-                    if not useful and (mine != kind or quota.available(job.queue, kind) >= units):
-                        continue
+        with quota.tried(charged), Relief(job.gang, state.capacity, classes, promised.owed) as relief:
+            for other in on_their_way:
+                relief.give(other.gang.bundle, attempt_of(other))
+            met = enough()  # what is on its way back may do
+            for each in () if met or first is None else chain((first,), candidates):
+                self.looked += 1
+                mine = each.run.kind
+                if each.borrowing and not quota.may_reclaim(job.queue, units, each.job.queue, mine):
+                    continue  # the victims before it have brought its queue back to what it owns
+                useful = relief.give(each.job.gang.bundle, each.part)
+                if not useful and (mine != kind or quota.available(job.queue, kind) >= units):
+                    continue
+                charge(each, -1)
+                chosen.append(each)
+                met = enough()
+                if met:
+                    break
+            if not met:
+                return None
+            for each in list(reversed(chosen))[1:]:
+                relief.take(each.job.gang.bundle, each.part)
+                charge(each, +1)
+                if enough():
+                    chosen.remove(each)
+                else:
+                    relief.give(each.job.gang.bundle, each.part)
                     charge(each, -1)
-                    chosen.append(each)
-                    met = enough()
-                    if met:
-                        break
-                if not met:
-                    return None
-                for each in list(reversed(chosen))[1:]:
-                    relief.take(each.job.gang.bundle, each.part)
-                    charge(each, +1)
-                    if enough():
-                        chosen.remove(each)
-                    else:
-                        relief.give(each.job.gang.bundle, each.part)
-                        charge(each, -1)
-                places = relief.places()
-        finally:
-            for queue, of_kind, change in reversed(charged):
-                quota.add(queue, of_kind, -change)
+            places = relief.places()
         assert places is not None
         causes: dict[str, StopCause] = {}
         for each in chosen:
@@ -217,7 +211,7 @@ class Victims:
 
     def _lawful(self, job: Job, kind: str) -> set[tuple[str, str]]:
         """(queue, kind) of other queues whose attempts `job` may reclaim, as things are now."""
-        books, units = self._state.books, job.gang.minimum * job.gang.bundle.gpu_units
+        books, units = self._state.books, job.gang.least_units
         quota, queues = books.quota, self._state.policy.queues
         if not queues[job.queue].reclaims or not quota.limited:
             return set()
@@ -225,7 +219,7 @@ class Victims:
             return set()
         return {
             (name, its_kind)
-            for its_kind in (*quota.kinds, ANY)
+            for its_kind in quota.every_kind
             for name in books.evictable
             if name != job.queue and name in queues and quota.borrows(name, its_kind)
             if quota.may_reclaim(job.queue, units, name, its_kind)
@@ -246,15 +240,16 @@ class Victims:
             )
         return found
 
+    @cached_property
+    def elastic_queues(self) -> set[str]:
+        """Queues in which somebody holds more than its minimum."""
+        return {self._state.jobs[job_id].queue for job_id in self._state.books.elastic}
+
     def _elastic_of(self, queue: str) -> list[_Run]:
         """The same, of those that hold more than their minimum."""
-        if self._elastic is None:
-            self._elastic = {}
-            for name in {self._state.jobs[job_id].queue for job_id in self._state.books.elastic}:
-                self._elastic[name] = [
-                    run for run in self._runs_of(name) if run.job.id in self._state.books.elastic
-                ]
-        return self._elastic.get(queue, [])
+        if queue not in self.elastic_queues:
+            return []
+        return [run for run in self._runs_of(queue) if run.job.id in self._state.books.elastic]
 
 
 def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
@@ -264,7 +259,7 @@ def has_a_right(job: Job, kinds: Iterable[str], state: ClusterState) -> bool:
         return True
     if rules.preempts and min(books.evictable.get(job.queue, ()), default=inf) < job.priority:
         return True
-    units = job.gang.minimum * job.gang.bundle.gpu_units
+    units = job.gang.least_units
     return (
         rules.reclaims
         and books.quota.limited
@@ -285,7 +280,7 @@ def _comes_before(job: Job, other: Job, state: ClusterState, now: float) -> bool
     standings = []
     for each in (job, other):
         usage = state.books.usage.get((each.queue, each.owner))
-        held = other.gang.minimum * other.gang.bundle.gpu_units - other.held_units if each is other else 0
+        held = other.gang.least_units - other.held_units if each is other else 0
         now_held = usage.standing(now, state.policy.half_life_s) if usage is not None else 0.0
         standings.append(now_held + soon(held, state.policy.half_life_s))
     return standings[0] < standings[1]

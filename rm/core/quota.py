@@ -14,7 +14,8 @@ has a nominal quota nothing is limited, and the tree only counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rm.core.policy import ANY, Policy
 
@@ -158,6 +159,26 @@ class QuotaTree:
         if any(tree[name].usage <= tree[name].quota for name in theirs[shared:]):
             return False
         return any(self.within(queue, kind, units)[shared:])
+
+    @contextmanager
+    def tried(self, charges: list[tuple[str, str, int]]) -> Iterator[None]:
+        """With these charged, (queue, kind, units) each; taken back at the end with what was appended meanwhile."""
+        for charge in charges:
+            self.add(*charge)
+        try:
+            yield
+        finally:
+            for queue, kind, units in reversed(charges):
+                self.add(queue, kind, -units)
+
+    @property
+    def every_kind(self) -> tuple[str, ...]:
+        """The kinds that quotas name, and the one of all others."""
+        return (*self.kinds, ANY)
+
+    def most_available(self, queue: str) -> int:
+        """Units of any one kind that the queue may still take."""
+        return max(self.available(queue, kind) for kind in self.every_kind)
 
     def add(self, queue: str, kind: str, units: int) -> None:
         """Charge `units` (negative: give back)."""

@@ -16,7 +16,7 @@ from rm.core.keeping import Kept
 from rm.core.model import Gang, Job
 from rm.core.options import Option, Options
 from rm.core.outlast import Outlast, waited_long
-from rm.core.policy import ANY, Order, Reclaim
+from rm.core.policy import Order, Reclaim
 from rm.core.preemption import Eviction, Victims
 from rm.core.state import ClusterState
 
@@ -69,7 +69,6 @@ class Searches:
         self._masks: Mapping[str, int] | None = None
         self._in_vain: set[tuple[object, ...]] = set()
         """With `shortest_first`: whoever comes behind with as good a claim has a worse rank."""
-        self._elastic: set[str] | None = None
         self._vain: dict[str, int] = {}
         self._lawful: dict[str, int] | None = None
         self._reclaimers: dict[str, int] = {}
@@ -114,7 +113,7 @@ class Searches:
         search = self._search(job, option)
         failures = self._failed.setdefault(job.queue, {})
         failed = failures.get(search)
-        if failed is not None and self._fails_again(failed) and job.queue not in self._elastic_queues():
+        if failed is not None and self._fails_again(failed) and job.queue not in self._victims.elastic_queues:
             return None
         self._made += 1
         self._spared_until = inf
@@ -144,7 +143,11 @@ class Searches:
         if known is None:
             known = 0
             # Who may shrink an elastic gang depends on the owners, and who may evict may depend on the priority.
-            if not self._ranked and not self._by_priority(queue) and queue not in self._elastic_queues():
+            if (
+                not self._ranked
+                and not self._by_priority(queue)
+                and queue not in self._victims.elastic_queues
+            ):
                 kinds: dict[Gang, int] = {}
                 for (gang, _, _), failed in self._failed.get(queue, {}).items():
                     if self._fails_again(failed):
@@ -207,7 +210,7 @@ class Searches:
             return 0
         every, evictable = state.pending.masks[queue], state.books.evictable
         mask = 0
-        if queue in self._elastic_queues():
+        if queue in self._victims.elastic_queues:
             mask = every
         elif rules.preempts and queue in evictable:
             lowest = min(evictable[queue])
@@ -222,22 +225,15 @@ class Searches:
     def _within(self, queue: str) -> int:
         """The bits of the shapes that would keep the queue within what it owns."""
         quota = self._state.books.quota
-        most = max(quota.most_within(queue, kind) for kind in (*quota.kinds, ANY))
+        most = max(quota.most_within(queue, kind) for kind in quota.every_kind)
         return self._state.pending.no_larger(most)
 
     def _borrowers(self) -> set[str]:
         books, queues = self._state.books, self._state.policy.queues
         if not books.quota.limited:
             return set()
-        kinds = (*books.quota.kinds, ANY)
         return {
             queue
             for queue in books.evictable
-            if queue in queues and any(books.quota.borrows(queue, kind) for kind in kinds)
+            if queue in queues and any(books.quota.borrows(queue, kind) for kind in books.quota.every_kind)
         }
-
-    def _elastic_queues(self) -> set[str]:
-        """Queues in which somebody holds more than its minimum."""
-        if self._elastic is None:
-            self._elastic = {self._state.jobs[job_id].queue for job_id in self._state.books.elastic}
-        return self._elastic

@@ -377,7 +377,8 @@ class ClusterState:
                     foreign_memory_bytes=event.memory_bytes,
                 )
             )
-            self._nodes_changed()
+            self.books.moves += 1
+            self.version += 1
         return []
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:

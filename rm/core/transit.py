@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from rm.core.backfill import Promised, Reservation, class_ids, coming, needs, still_coming
+from rm.core.backfill import Promised, Reservation, claimed, class_ids, coming, needs, still_coming
 from rm.core.keeping import Kept
 from rm.core.model import Attempt, Job
 from rm.core.options import Option
 from rm.core.placement import may_fit
-from rm.core.policy import ANY
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.state import ClusterState
@@ -110,15 +109,13 @@ class Transit:
             self._mask &= ~self._state.pending.shapes[job.gang].bit  # there is none for anybody of this shape
         if wants == {_QUOTA} and not job.gang.gpu_types:
             # Nor is there quota for anybody of this queue who wants as much.
-            self._room[job.queue] = min(
-                self._most(job.queue), job.gang.minimum * job.gang.bundle.gpu_units - 1
-            )
+            self._room[job.queue] = min(self._most(job.queue), job.gang.least_units - 1)
         return None
 
     def _reserve(self, job: Job, option: Option) -> tuple[Reservation | None, str]:
         """Also for want of what there is no reservation."""
         state, kind, promised = self._state, option.kind, self._promised
-        quota, units = state.books.quota, job.gang.minimum * job.gang.bundle.gpu_units
+        quota, units = state.books.quota, job.gang.least_units
         old = self._before.get(job.id)
         if old is not None and not self._still(old, job, option):
             old = None
@@ -128,11 +125,8 @@ class Transit:
         short = quota.available(job.queue, kind) < units
         if short:
             charged = quota_back(state, back)
-            for entry in charged:
-                quota.add(*entry)
-            enough = quota.available(job.queue, kind) >= units
-            for queue, of_kind, change in reversed(charged):
-                quota.add(queue, of_kind, -change)
+            with quota.tried(charged):
+                enough = quota.available(job.queue, kind) >= units
             if not enough:
                 return None, _QUOTA
         if old is not None:
@@ -152,7 +146,7 @@ class Transit:
         )
 
     def _still(self, old: Reservation, job: Job, option: Option) -> bool:
-        promised, units = self._promised, job.gang.minimum * job.gang.bundle.gpu_units
+        promised, units = self._promised, job.gang.least_units
         return (
             old.at <= self._now
             and bool(old.counted)
@@ -171,14 +165,8 @@ class Transit:
         found = set()
         for job_id in self._ending:
             attempt = attempt_of(self._state.jobs[job_id])
-            by = attempt.stop_by
-            if (
-                by
-                and attempt.stop is not None
-                and attempt.stop.comes_back
-                and by not in self._promised.holders
-            ):
-                found.add(by)
+            if claimed(attempt, self._state, NOBODY) and attempt.stop_by not in self._promised.holders:
+                found.add(attempt.stop_by)
         return found
 
     def _fitting(self) -> int:
@@ -197,11 +185,8 @@ class Transit:
         most = self._room.get(queue)
         if most is None:
             quota = self._state.books.quota
-            for entry in self._back:
-                quota.add(*entry)
-            most = self._room[queue] = max(quota.available(queue, kind) for kind in (*quota.kinds, ANY))
-            for of_queue, kind, change in reversed(self._back):
-                quota.add(of_queue, kind, -change)
+            with quota.tried(self._back):
+                most = self._room[queue] = quota.most_available(queue)
         return most
 
 
