@@ -10,6 +10,7 @@ Runs in any of these ways; in the last, the resource manager finds two GPUs for 
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.metadata import distribution
 from pathlib import Path
 
 from entrypoint import rm, submit_if_asked, training_flags
@@ -17,13 +18,15 @@ from entrypoint import rm, submit_if_asked, training_flags
 if __name__ == "__main__":
     submit_if_asked()  # before torch: the process that submits may run where there is none
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Gang, fit, hand_over_weights, joined_gang
 
 TEST_IMAGES = 360
+DATA = "sklearn/datasets/data/digits.csv.gz"
+"""Read as a file: importing scikit-learn for it would take each rank as long as importing torch."""
 
 
 def main() -> None:
@@ -56,9 +59,11 @@ def parse_arguments() -> Namespace:
 
 def digits(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Images (n, 1, 8, 8) from 0 to 1 and labels (n,), to train on and to test on: always the same split."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
+    rows = torch.from_numpy(
+        np.loadtxt(distribution("scikit-learn").locate_file(DATA), np.float32, delimiter=",")
+    )
+    images = rows[:, :-1].reshape(-1, 1, 8, 8) / 16
+    labels = rows[:, -1].long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].to(device), labels[order].to(device)
     return (images[TEST_IMAGES:], labels[TEST_IMAGES:]), (images[:TEST_IMAGES], labels[:TEST_IMAGES])

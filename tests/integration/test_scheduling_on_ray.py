@@ -28,7 +28,7 @@ queues:
   vision: {nominal: 16, default_priority: 7}
   text: {nominal: 8, max_time_limit: 10m}
 """
-TRAIN = "python jobs/train_digits.py --epochs 4 --checkpoint-every 20"
+TRAIN = "python jobs/train_digits.py --epochs 4 --checkpoint-every 5"
 
 
 @pytest.fixture
@@ -138,8 +138,9 @@ def test_an_evicted_training_goes_on_and_ends_with_the_same_weights(client, rule
     rules(Policy({"default": QueuePolicy("default", preempt=Preempt.LOWER)}))
     gate = tmp_path / "gate"
     calm = client.submit(TRAIN, num_gpus=1, gpu_type="H100", working_dir=REPO)
-    shaken = client.submit(f"{TRAIN} --step-delay 0.02", num_gpus=8, gpu_type="A100", working_dir=REPO)
-    wait_until(lambda: shaken.progress.get("step", 0) > 25, 60, "it has trained past its first checkpoint")
+    slow_at_first = f"[ -e {gate} ] && delay=0 || delay=0.5; exec {TRAIN} --step-delay $delay"
+    shaken = client.submit(slow_at_first, num_gpus=8, gpu_type="A100", working_dir=REPO)
+    wait_until(lambda: shaken.progress.get("step", 0) > 7, 60, "it has trained past its first checkpoint")
     wait_until(lambda: shaken.view().checkpoint_at, 5, "its checkpoint is known")
     urgent = client.submit(until(gate), num_gpus=8, gpu_type="A100", priority="high")
     runs(urgent)
