@@ -29,20 +29,6 @@ os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
 
 
-AFTERWARDS = ("faults", "test_scheduling_on_ray.py")
-"""What shares a cluster and goes to whichever worker is done first."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: what shares a cluster stays in one worker; what starts a Ray of its own in another."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            after = any(name in item.path.parts for name in AFTERWARDS)
-            item.add_marker(pytest.mark.xdist_group("afterwards" if after else "cluster"))
-        elif item.get_closest_marker("own_ray"):
-            item.add_marker(pytest.mark.xdist_group("alone"))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The shared cluster and a client of its allocator."""

@@ -21,7 +21,7 @@ import pytest
 from rm.runtime.local import LocalRay
 from rm.runtime.local_processes import members
 
-pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(120), pytest.mark.xdist_group("attach")]
 
 PRELUDE = """
 import json, os, threading, time

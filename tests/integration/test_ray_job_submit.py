@@ -21,7 +21,7 @@ from rm.core.resources import GPU_UNIT
 from rm.ledger import Ledger
 from rm.runtime.local import LocalRay
 
-pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(240), pytest.mark.xdist_group("ray_job_submit")]
 
 REPO = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -91,7 +91,9 @@ def test_a_driver_that_ends_takes_its_job_along(run, head, tmp_path: Path, how: 
     if how == "stopped":
         assert run("ray", "job", "stop", "--no-wait", f"sub-{how}").returncode == 0
     else:
-        for pid in processes_with("RAY_JOB_CONFIG_JSON_ENV_VAR", head.ray.record, command="python main.py"):
+        drivers = processes_with("RAY_JOB_CONFIG_JSON_ENV_VAR", head.ray.address, command="python main.py")
+        assert drivers
+        for pid in drivers:
             os.kill(pid, 9)
     wait_until(
         lambda: jobs_in_ledger(head)[job.id].status is Status.CANCELLED, 15, "the GPUs are back within 15 s"
