@@ -173,29 +173,21 @@ class TestDigits:
         assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=1e-4)
         assert 0 < metrics["loss"] < 0.5
 
-    def test_killed_and_resumed_ends_with_the_same_bits(self, digits: Attempt, start: Start) -> None:
-        killed = start("train_digits.py", "--checkpoint-every", 20, "--step-delay", 0.01)
-        killed.at_step(70).send(signal.SIGKILL)
-        assert killed.ended() == [-signal.SIGKILL]
-        resumed = start("train_digits.py").succeeded()
-        assert 60 <= resumed.number(r"resumed at step (\d+) of 264 from .*") < 264
-        assert resumed.digest == digits.digest
-
     def test_a_gang_killed_and_resumed_ends_with_the_same_bits(self, start: Start, tmp_path: Path) -> None:
-        steps = ("--steps", 120)
+        steps = ("--steps", 80)
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
         elsewhere = ("--checkpoint-dir", tmp_path / "undisturbed")
         undisturbed = start("train_digits.py", *steps, *elsewhere, launcher=torchrun).succeeded()
-        assert undisturbed.number(r"test accuracy (0\.\d{4})") >= 0.97
+        assert undisturbed.number(r"test accuracy (0\.\d{4})") >= 0.95
 
         killed = start(
-            "train_digits.py", *steps, "--checkpoint-every", 15, "--step-delay", 0.01, ranks=2
-        ).at_step(40)
+            "train_digits.py", *steps, "--checkpoint-every", 15, "--step-delay", 0.05, ranks=2
+        ).at_step(35)
         killed.send(signal.SIGKILL)
         assert killed.ended() == [-signal.SIGKILL] * 2
 
         resumed = start("train_digits.py", *steps, ranks=2).succeeded()
-        assert 30 <= resumed.number(r"resumed at step (\d+) of 120 from .*") < 120
+        assert 30 <= resumed.number(r"resumed at step (\d+) of 80 from .*") < 80
         assert resumed.digest == undisturbed.digest
 
     def test_a_gang_leaves_together_and_one_of_another_size_goes_on(
@@ -211,7 +203,7 @@ class TestDigits:
         undisturbed.succeeded()
 
         # No checkpoint is due, and only rank 1 is told.
-        gang = start("train_digits.py", *flags, "--checkpoint-every", 1000, "--step-delay", 0.05, ranks=2)
+        gang = start("train_digits.py", *flags, "--checkpoint-every", 1000, "--step-delay", 0.2, ranks=2)
         gang.at_step(10).send(signal.SIGTERM, 1)
         assert gang.ended() == [STOPPED] * 2, gang.output
         left_at = gang.number(r"stopped at step (\d+) of 30")
@@ -233,18 +225,18 @@ class TestDigits:
 
 
 @pytest.mark.torch
-def test_gpt_learns_and_a_stop_changes_nothing(start: Start, tmp_path: Path) -> None:
-    small = ("--steps", 250, "--layers", 1)
+def test_gpt_learns_and_a_kill_changes_nothing(start: Start, tmp_path: Path) -> None:
+    small = ("--steps", 160, "--layers", 1)
     undisturbed = start("train_gpt.py", *small, "--checkpoint-dir", tmp_path / "undisturbed").succeeded()
     entropy = undisturbed.number(r"unigram entropy (\d\.\d+) nats")
     assert 2.5 < entropy < 4.0  # of text, not of one repeated byte
     assert undisturbed.number(r"held-out loss (\d\.\d+) nats") < entropy - 0.4
 
-    stopped = start("train_gpt.py", *small, "--checkpoint-every", 1000).at_step(40).send(signal.SIGTERM)
-    assert stopped.ended() == [STOPPED], stopped.output
-    left_at = stopped.number(r"stopped at step (\d+) of 250")
+    killed = start("train_gpt.py", *small, "--checkpoint-every", 10, "--step-delay", 0.05).at_step(25)
+    killed.send(signal.SIGKILL)
+    assert killed.ended() == [-signal.SIGKILL]
     resumed = start("train_gpt.py", *small).succeeded()
-    assert resumed.number(r"resumed at step (\d+) of 250 from .*") == left_at
+    assert 20 <= resumed.number(r"resumed at step (\d+) of 160 from .*") < 160
     assert resumed.digest == undisturbed.digest
 
 
