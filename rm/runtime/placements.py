@@ -23,9 +23,6 @@ from rm.core.resources import GPU_UNIT, Bundle
 
 log = logging.getLogger("rm.placements")
 
-READY_SLICE_S = 0.5
-"""How long one wait for a group blocks a thread."""
-
 
 class Placements:
     """The groups of one ledger, by attempt key."""
@@ -76,14 +73,12 @@ class Placements:
 
     async def ready(self, attempt: str, timeout_s: float) -> bool:
         """Whether the group is committed within `timeout_s`."""
-        group = self._groups[attempt]
-        waited = 0.0
-        while waited < timeout_s:
-            piece = min(READY_SLICE_S, timeout_s - waited)
-            if await asyncio.to_thread(group.wait, piece):
-                return True
-            waited += piece
-        return False
+        # Not `wait`: it counts in whole seconds, cuts what is less to nothing, and blocks a thread.
+        try:
+            await asyncio.wait_for(self._groups[attempt].ready(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     async def remove(self, attempt: str) -> str | None:
         """Ask Ray to remove the group. Returns its id, to be observed; None where there is none.

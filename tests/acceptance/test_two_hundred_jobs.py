@@ -89,7 +89,9 @@ def test_two_hundred_random_jobs(client) -> None:
         (v.id, v.status, fate) for v, fate in zip(ended, fates, strict=True) if v.status != expected[fate]
     ]
     assert not wrong
-    assert all(view.status in TERMINAL and view.attempts <= 1 for view in ended), "nobody ran twice"
+    assert all(view.status in TERMINAL for view in ended)
+    again = {view.id: client.job(view.id).events() for view in ended if view.attempts > 1}
+    assert not again, "nobody ran twice"
     assert auditor.violations == []
     assert auditor.samples > 100
     assert auditor.most > TOTAL_GPUS / 2, "the cluster was used"
