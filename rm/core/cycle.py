@@ -173,6 +173,8 @@ class Cycle:
         self._coming: Transit | None = None
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
+        self._overtaken = False
+        """Whether this walk has admitted somebody after it had kept something: the order may be another by now."""
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
@@ -234,11 +236,11 @@ class Cycle:
         if not len(state.capacity) or not queues or self._nothing_new():
             return
         for _ in range(MOST_PASSES):
-            before, self._loosened = len(self.admitted), False
+            self._loosened = self._overtaken = False
             self._pass(queues)
             if self._searches.exhausted:
                 self.bounds.add("evictions_per_cycle")
-            if len(self.admitted) == before or not (self.kept.holds or self.closed or self._loosened):
+            if not self._overtaken or not (self.kept.holds or self.closed or self._loosened):
                 return
             self._start_over()
         self.bounds.add("passes")
@@ -256,10 +258,14 @@ class Cycle:
         """Whether there are only new jobs since such a cycle, and none of them could start. What was kept is kept on.
 
         With many submissions and a full cluster this is the common case. A new job that would get the reservation
-        gets it in the next cycle after GPUs have changed hands: until then nobody starts in either case.
+        gets it in the next cycle after GPUs have changed hands: until then nobody starts in either case. It is the
+        same with a job that has just waited for so long that it comes before others.
         """
         quiet = self.notes.quiet
         if quiet is None or self._for_readers or not self._still(quiet):
+            return False
+        lifted = self.state.pending.lifted_since(quiet.lifted)
+        if lifted is None:
             return False
         reservations = self.notes.reservations
         if any(self.state.pending.group_of(job_id) is None for job_id in reservations):
@@ -268,7 +274,7 @@ class Cycle:
             self._charge(*quiet.kept_quota[job_id])
             self._kept_quota[job_id] = quiet.kept_quota[job_id]
             self.kept.keep(reservation)
-        if any(self._may_start(job_id) for job_id in self.state.books.unchecked):
+        if any(self._may_start(job_id) for job_id in (*self.state.books.unchecked, *lifted)):
             self._start_over()
             return False
         self.first_blocked = quiet.first_blocked
@@ -280,7 +286,6 @@ class Cycle:
         state = self.state
         return (
             self.notes.moves == state.books.moves
-            and quiet.lifted == state.pending.lifted
             and (quiet.wake is None or quiet.wake > self.now)
             and state.policy.backfill is not Backfill.NONE
             and state.policy.order is not Order.SHORTEST_FIRST
@@ -487,6 +492,7 @@ class Cycle:
         return place_elastic(gang, self.state.capacity, classes)
 
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
+        self._overtaken |= bool(self.kept.reservations or self.closed or self._patient)
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
         self._charge(job.queue, option.kind, units)
@@ -529,6 +535,8 @@ class Cycle:
                 self._coming = None
                 self._keep(job, option, eviction.reservation)
                 return
+        if self.first_blocked is not None and self._covered():
+            return
         within = [option for option in options if self.within_quota(job, option) is not None]
         if not within:
             return
@@ -560,6 +568,7 @@ class Cycle:
             self._wake_at(patient_until)
             return
         self._keep(job, option, reservation)
+        self._fit &= fitting(self.state)
 
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""

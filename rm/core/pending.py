@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterator, Mapping
 
 from rm.core.gittins import age_bin
 from rm.core.model import Gang, Job
 from rm.core.policy import Order, Policy
 
+LIFTS_KEPT = 16
 ONE_NAME = 100
 """The distance between two priority names (low, normal, high)."""
 
@@ -101,6 +103,7 @@ class Pending:
         """(units of a shape's minimum, the bits of the shapes up to there), ascending. None: shapes have changed."""
         self.lifted = 0
         """How many the clock has let in, or lifted."""
+        self._lifts: deque[str] = deque(maxlen=LIFTS_KEPT)
         self._clock: list[tuple[float, str]] = []
         """Moments at which time alone changes where a job stands: the end of a pause, or its age."""
 
@@ -196,6 +199,14 @@ class Pending:
             if job_id in self._home:
                 self.add(jobs[job_id], now)
                 self.lifted += 1
+                self._lifts.append(job_id)
+
+    def lifted_since(self, count: int) -> list[str] | None:
+        """Whom the clock has let in or lifted since `lifted` was `count`. None where they are too many to tell."""
+        new = self.lifted - count
+        if new > LIFTS_KEPT:
+            return None
+        return [job_id for job_id in list(self._lifts)[len(self._lifts) - new :] if job_id in self._home]
 
     def next_moment(self) -> float | None:
         """When `advance` will next have something to do."""
