@@ -174,7 +174,7 @@ class Cycle:
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._overtaken = False
-        """Whether this walk has admitted somebody after it had kept something: the order may be another by now."""
+        """Whether this walk has kept something for somebody who by now may come after another, for what was admitted."""
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
@@ -240,7 +240,7 @@ class Cycle:
             self._pass(queues)
             if self._searches.exhausted:
                 self.bounds.add("evictions_per_cycle")
-            if not self._overtaken or not (self.kept.holds or self.closed or self._loosened):
+            if not self._loosened and not (self._overtaken and (self.kept.holds or self.closed)):
                 return
             self._start_over()
         self.bounds.add("passes")
@@ -492,7 +492,7 @@ class Cycle:
         return place_elastic(gang, self.state.capacity, classes)
 
     def _admit(self, job: Job, option: Option, places: tuple[PlacedBundle, ...]) -> None:
-        self._overtaken |= bool(self.kept.reservations or self.closed or self._patient)
+        self._overtaken = self._overtaken or self._may_reorder(job.queue)
         self.state.capacity.take(job.gang.bundle, places)
         units = len(places) * job.gang.bundle.gpu_units
         self._charge(job.queue, option.kind, units)
@@ -503,6 +503,15 @@ class Cycle:
         event = JobAdmitted(self.now, job.id, job.attempts + 1, places, option.gpu_type)
         self.admitted[job.id] = event
         self._events.append(event)
+
+    def _may_reorder(self, queue: str) -> bool:
+        """Whether a start in this queue could move somebody for whom something is kept: its place follows from what
+        its own queue and those above it have, and from what its owner has there."""
+        if self.closed or self._patient:
+            return True
+        path, jobs = self.state.books.quota.path, self.state.jobs
+        above = set(path(queue))
+        return any(not above.isdisjoint(path(jobs[job_id].queue)) for job_id in self.kept.reservations)
 
     def _charge(self, queue: str, kind: str, units: int) -> None:
         self.state.books.quota.add(queue, kind, units)
