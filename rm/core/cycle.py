@@ -174,7 +174,7 @@ class Cycle:
         self._loosened = False
         """Whether an admission of this walk has made a hold smaller: somebody ahead of it may fit now."""
         self._overtaken = False
-        """Whether this walk has kept something for somebody who by now may come after another, for what was admitted."""
+        """Whether something is kept for somebody who by now may come after another, for what this walk admitted."""
         self._wake: float | None = None
 
     def __enter__(self) -> Self:
