@@ -94,6 +94,20 @@ class Placements:
             log.warning("removing the group of %s failed; it will be tried again", attempt, exc_info=True)
         return str(group.id.hex())
 
+    def look_up(self, group_id: str) -> tuple[str, dict[str, Any]] | None:
+        """What Ray's table says of any group: its attempt ("": it is not ours) and the entry. Blocks for a call."""
+        entry = placement_group_table(_handle({"placement_group_id": group_id}))
+        if not entry:
+            return None
+        name = str(entry["name"])
+        return (name.removeprefix(self._prefix) if name.startswith(self._prefix) else ""), entry
+
+    async def remove_by_id(self, group_id: str) -> None:
+        """Ask Ray to remove a group of ours that no attempt owns."""
+        if attempt := self._ids.get(group_id):
+            self.forget(attempt)
+        await asyncio.to_thread(remove_placement_group, _handle({"placement_group_id": group_id}))
+
     def forget(self, attempt: str) -> None:
         """The group was seen gone."""
         group = self._groups.pop(attempt, None)
