@@ -60,6 +60,8 @@ LOOK_AGAIN_S = 0.25
 PROBE_S = 20.0
 """How long a node may take to read its GPUs, the start of a worker included."""
 FINDINGS_KEPT = 100
+NAMED = 5
+"""Nodes that a note names; it counts the others."""
 
 
 class Audit:
@@ -210,10 +212,10 @@ class Audit:
                 (self._blind if answer.startswith("no NVML") else passing)[node_id] = answer
             else:
                 probed[node_id] = answer
-        unread = [
-            f"GPU memory on {nodes[node_id].name}: not checked: {why}"
-            for node_id, why in (self._blind | passing).items()
-        ]
+        where: dict[str, list[str]] = {}
+        for node_id, why in (self._blind | passing).items():
+            where.setdefault(why, []).append(nodes[node_id].name)
+        unread = [f"GPU memory on {_names(names)} not checked: {why}" for why, names in where.items()]
         return probed, unread
 
     # --- repairing -----------------------------------------------------------------------------------------
@@ -287,6 +289,12 @@ async def _probe(node_id: str) -> list[GpuProcess] | str:
         ray.cancel(reading, force=True)
         return f"the node did not answer ({type(error).__name__})"
     return answer
+
+
+def _names(nodes: list[str]) -> str:
+    """Some of the names, and how many more there are."""
+    more = len(nodes) - NAMED
+    return ", ".join(sorted(nodes)[:NAMED]) + (f" and {more} more nodes" if more > 0 else "")
 
 
 def _booked(node: Node) -> BookedNode:

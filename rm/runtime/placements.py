@@ -58,7 +58,12 @@ class Placements:
     async def create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
         """Ask Ray for the group. Returns the one that exists already, if any."""
         if attempt not in self._groups:
-            self._remember(attempt, await asyncio.to_thread(self._create, attempt, gang, placed))
+            making = asyncio.create_task(asyncio.to_thread(self._create, attempt, gang, placed))
+            try:
+                await asyncio.shield(making)
+            finally:
+                # Given up or not, Ray makes it: unless it is known, nobody will ever remove it.
+                self._remember(attempt, await making)
         return self._groups[attempt]
 
     def _create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
