@@ -27,7 +27,7 @@ from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
 from rm.spec import RESOURCE_FIELDS, Config, JobSpec, build_spec, default_owner, did_you_mean
 from rm.submission import Environment, submitter_environment
-from rm.views import EventView, JobView, NodeView, QueueView
+from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
 HEARTBEAT_S = 2.0
 """How often an attached client says that it is alive."""
@@ -213,6 +213,15 @@ class Client:
         """The tree of queues: what each owns, uses, borrows and lends."""
         queues: list[QueueView] = self._allocator("queues")
         return queues
+
+    def audit(self, *, look: bool = True) -> AuditView:
+        """Compare the ledger, Ray's tables and the GPUs' drivers now, and repair what differs.
+
+        The allocator does so every 30 s by itself; `look=False` gives what it found last. Takes some milliseconds where
+        all agree, seconds where a difference has to be seen twice. `findings` says what was done about each.
+        """
+        audit: AuditView = self._allocator("audit", look=look, timeout_s=180)
+        return audit
 
     def policy(self) -> dict[str, Any]:
         """The rules in force: `policy`, the `text` of the rm.yaml that they came from, `by` whom, `at` what time."""

@@ -19,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rm.views import EventView, JobView, NodeView, QueueView
+    from rm.views import AuditView, EventView, FindingView, JobView, NodeView, QueueView
 
 PIPED_WIDTH = 100_000
 """Columns of a console that is no terminal: more than any table has."""
 LONGEST_METRIC = 60
-FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT"})
+FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT", "DONE"})
 """Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
 NARROWEST = 10
 BAR_CELLS = 16
@@ -297,6 +297,36 @@ def sentence(view: EventView) -> str:
             return f"{body.get('name')} with {body.get('gpu_slots')} GPUs"
         case _:
             return str(body.get("why") or body.get("node_id") or "")
+
+
+def findings_table(views: Sequence[FindingView]) -> Table:
+    """One row per difference that an audit found, and what was done about it."""
+    rows = [
+        (
+            moment(view.at),
+            view.kind,
+            plain(view.message),
+            Text(plain(view.repair), style="" if view.repaired else "bold red"),
+        )
+        for view in views
+    ]
+    return grid(("TIME", "FINDING", "WHAT", "DONE"), rows, set())
+
+
+def audited(view: AuditView) -> str:
+    """An audit in one line: what was compared, and whether it agrees."""
+    counts = view.checked
+    drivers = " and the GPUs' drivers" if counts["drivers"] else ""
+    compared = ", ".join(
+        f"{counts[name]} {name[:-1] if counts[name] == 1 else name}"
+        for name in ("attempts", "groups", "runners", "nodes", "drivers")
+        if name != "drivers" or counts[name]
+    )
+    sides = "ledger, Ray" + drivers if drivers else "ledger and Ray"
+    if not view.findings:
+        return f"{sides} agree: {compared}"
+    left = sum(not each.repaired for each in view.findings)
+    return f"{sides} differed in {len(view.findings)}, {left} of them not repaired: {compared}"
 
 
 def _place(placed: dict[str, Any]) -> str:

@@ -145,6 +145,43 @@ class QueueView:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class FindingView:
+    """One difference that an audit found at `at`, and what was done. `kind`: see docs/reliability.md."""
+
+    at: float
+    kind: str
+    what: str
+    message: str
+    evidence: dict[str, Any]
+    repair: str
+    repaired: bool
+    """Whether it was seen to be gone afterwards. False for what is only reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditView:
+    """One audit: `checked` counts what was compared, `not_checked` says what could not be and why.
+
+    `recent`: the last findings of all audits since the allocator started, oldest first, these included.
+    """
+
+    at: float
+    took_s: float
+    checked: dict[str, int]
+    not_checked: tuple[str, ...] = ()
+    findings: tuple[FindingView, ...] = ()
+    recent: tuple[FindingView, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(each.repaired for each in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def reason_dict(reason: Reason | None) -> dict[str, Any] | None:
     return asdict(reason) if reason else None
 

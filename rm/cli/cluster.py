@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +33,36 @@ def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
     else:
         note("the cluster has no nodes")
     return 0
+
+
+def audit(
+    ctx: typer.Context,
+    last: Annotated[
+        bool,
+        typer.Option(
+            "--last", help="Don't look now: what was found lately, by the allocator's own audits too."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Compare the ledger, Ray's tables and the GPUs' drivers, and repair what differs.
+
+    The allocator does so by itself every 30 s. Exit code 1 where something was found and could not be repaired.
+    """
+    report = connect(ctx).audit(look=not last)
+    findings = report.recent if last else report.findings
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        if findings:
+            show(tables.findings_table(findings))
+        if last:
+            note(f"the last audit was {tables.span(time.time() - report.at)} ago: {tables.audited(report)}")
+        elif not findings:
+            show(tables.audited(report))
+        for each in report.not_checked:
+            note(each)
+    return 0 if report.clean else 1
 
 
 # --- start ---------------------------------------------------------------------------------------------------

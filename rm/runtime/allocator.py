@@ -36,6 +36,7 @@ from rm.errors import (
     UnknownJob,
 )
 from rm.ledger import Ledger
+from rm.runtime.audit import Audit
 from rm.runtime.drafts import Dependencies, draft
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
@@ -47,6 +48,7 @@ from rm.settings import Settings
 from rm.settings_change import consequences
 from rm.spec import Config, JobSpec
 from rm.views import (
+    AuditView,
     EventView,
     JobView,
     NodeView,
@@ -134,6 +136,16 @@ class Allocator:
             max_pending=config.max_pending,
             check=bool(os.environ.get("RM_CHECK")),
         )
+        self._audit = Audit(
+            self._ledger.key,
+            self._placements,
+            runners,
+            self._gangs,
+            view=self._writer.view,
+            request=self._writer.request,
+            clock=time.time,
+            node_poll_s=config.node_poll_s,
+        )
         # Observe first: what groups exist decides what is ours, and what is free.
         await self._placements.find()
         self._writer.recover()
@@ -149,6 +161,7 @@ class Allocator:
             asyncio.create_task(self._watch.run()),
             asyncio.create_task(self._listen_for_holders()),
             asyncio.create_task(self._look_at_node_types()),
+            asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
         deadline = time.monotonic() + FIRST_TURN_S
@@ -416,6 +429,13 @@ class Allocator:
             return {"p50_s": None, "p90_s": None, "basis": f"it does not wait: it is {job.status}"}
         twin = Twin(self._writer.state, time.time())
         return asdict(await asyncio.to_thread(twin.forecast, job_id))
+
+    async def audit(self, *, look: bool = True) -> AuditView:
+        """Compare the ledger, Ray's tables and the GPUs' drivers, and repair. `look=False`: what the last one found."""
+        await self._up()
+        if not look and self._audit.last is not None:
+            return self._audit.last
+        return await self._audit.audit()
 
     async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
         """Put these rules in force. Durable when this returns; what runs goes on unless the rules reclaim it."""

@@ -90,6 +90,12 @@ class Gangs:
                 case Stop():
                     self._stopping(key).ask(effect.grace_s)
 
+    def follows(self, job_id: str, attempt: int) -> bool:
+        """Whether the attempt's run is under way, and nothing has stopped it or has ended a part of it."""
+        key = job_id, attempt
+        stop = self._stops.get(key)
+        return (Run, key) in self._tasks and not (stop is not None and stop.asked.is_set())
+
     async def close(self) -> None:
         """Drop everything under way; groups and runners stay for the next allocator to adopt."""
         tasks = list(self._tasks.values())

@@ -104,7 +104,7 @@ class NodeWatch:
 
     async def observe(self) -> None:
         """One reading, and the events that it brings."""
-        seen = await asyncio.to_thread(_read)
+        seen = await asyncio.to_thread(read_nodes)
         self.seen = seen
         self._report(seen)
         waiting, self._next = self._next, None
@@ -182,7 +182,8 @@ def _identity(node: SeenNode | None) -> tuple[object, ...] | None:
     return node.name, node.gpu_units, node.cpu_milli, node.memory_bytes, node.labels
 
 
-def _read() -> Seen:
+def read_nodes() -> Seen:
+    """One reading of all alive nodes. Blocks for some milliseconds."""
     at = time.monotonic()
     alive = [node for node in ray.nodes() if node["Alive"]]
     available = available_resources_per_node()

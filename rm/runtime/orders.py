@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rm.core.model import Kind
+from rm.core.model import Kind, attempt_key
 
 
 def archive_id(ledger_key: str, job_id: str) -> str:
     """`k3f2a1c-j17`: a job's logs and results in the store. Job numbers start anew with each ledger."""
     return f"k{ledger_key}-{job_id}"
+
+
+def process_mark(ledger_key: str, attempt: str, bundle: int) -> str:
+    """`3f2a1c-j17.1-0`: the mark in the environment of every process of this bundle."""
+    return f"{ledger_key}-{attempt}-{bundle}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class RunOrder:
     @property
     def key(self) -> str:
         """Unique on the machine: marks every process of this bundle, and names its scratch directory."""
-        return f"{self.ledger_key}-{self.job_id}.{self.attempt}-{self.bundle}"
+        return process_mark(self.ledger_key, attempt_key(self.job_id, self.attempt), self.bundle)
 
 
 @dataclass(frozen=True, slots=True)

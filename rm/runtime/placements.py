@@ -58,7 +58,12 @@ class Placements:
     async def create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
         """Ask Ray for the group. Returns the one that exists already, if any."""
         if attempt not in self._groups:
-            self._remember(attempt, await asyncio.to_thread(self._create, attempt, gang, placed))
+            making = asyncio.create_task(asyncio.to_thread(self._create, attempt, gang, placed))
+            try:
+                await asyncio.shield(making)
+            finally:
+                # Given up or not, Ray makes it: unless it is known, nobody will ever remove it.
+                self._remember(attempt, await making)
         return self._groups[attempt]
 
     def _create(self, attempt: str, gang: Gang, placed: tuple[PlacedBundle, ...]) -> PlacementGroup:
@@ -93,6 +98,20 @@ class Placements:
         except Exception:
             log.warning("removing the group of %s failed; it will be tried again", attempt, exc_info=True)
         return str(group.id.hex())
+
+    def look_up(self, group_id: str) -> tuple[str, dict[str, Any]] | None:
+        """What Ray's table says of any group: its attempt ("": it is not ours) and the entry. Blocks for a call."""
+        entry = placement_group_table(_handle({"placement_group_id": group_id}))
+        if not entry:
+            return None
+        name = str(entry["name"])
+        return (name.removeprefix(self._prefix) if name.startswith(self._prefix) else ""), entry
+
+    async def remove_by_id(self, group_id: str) -> None:
+        """Ask Ray to remove a group of ours that no attempt owns."""
+        if attempt := self._ids.get(group_id):
+            self.forget(attempt)
+        await asyncio.to_thread(remove_placement_group, _handle({"placement_group_id": group_id}))
 
     def forget(self, attempt: str) -> None:
         """The group was seen gone."""

@@ -11,6 +11,7 @@ import contextlib
 from typing import Any
 
 import ray
+from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -60,8 +61,23 @@ class Runners:
 
     def _kill(self, attempt: str, count: int) -> None:
         for bundle in range(count):
-            with contextlib.suppress(ValueError):  # no actor of this name: never started, or gone already
-                ray.kill(ray.get_actor(self._name(attempt, bundle), namespace=NAMESPACE), no_restart=True)
+            self._kill_one(f"{attempt}/{bundle}")
+
+    def list_names(self) -> frozenset[str]:
+        """The runners that Ray has, starting or alive, as "j17.1/0". Blocks for a call to the GCS."""
+        return frozenset(
+            str(each["name"]).removeprefix(self._prefix)
+            for each in list_named_actors(all_namespaces=True)
+            if each["namespace"] == NAMESPACE and str(each["name"]).startswith(self._prefix)
+        )
+
+    async def kill_one(self, name: str) -> None:
+        """End one runner, named as `list_names` does, if it is there."""
+        await asyncio.to_thread(self._kill_one, name)
+
+    def _kill_one(self, name: str) -> None:
+        with contextlib.suppress(ValueError):  # no actor of this name: never started, or gone already
+            ray.kill(ray.get_actor(self._prefix + name, namespace=NAMESPACE), no_restart=True)
 
     def _name(self, attempt: str, bundle: int) -> str:
         return f"{self._prefix}{attempt}/{bundle}"

@@ -9,7 +9,7 @@ from typing import Any
 from rm.client import Client
 from rm.errors import UnknownJob
 from rm.spec import JobSpec
-from rm.views import EventView, JobView, NodeView, QueueView
+from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
 HOSTILE = "[red]x[/red] \x1b[2J\x1b]0;gotcha\x07 [/] \u202egnp.exe \x9b31m"
 """Rich markup, escape sequences, a broken closing tag, a right-to-left override and a C1 control."""
@@ -70,6 +70,10 @@ class FakeClient(Client):
         """Text and `dry_run` of each rm.yaml that was to be applied."""
         self.warnings: list[str] = []
         self.consequences: list[str] = []
+        self.audits: list[AuditView] = []
+        """The answers to `audit`, in order."""
+        self.audits_asked: list[bool] = []
+        """`look` of each time that an audit was asked for."""
         self.reasons: dict[str, dict[str, Any]] = {}
         self.output: dict[tuple[int, str], bytes] = {}
         self.submitted: list[JobSpec] = []
@@ -131,6 +135,10 @@ class FakeClient(Client):
 
     def on_nodes(self) -> list[NodeView]:
         return self.node_views
+
+    def on_audit(self, *, look: bool) -> AuditView:
+        self.audits_asked.append(look)
+        return self.audits.pop(0)
 
     def on_events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
         found = [each for each in self.event_views if each.seq > after and job_id in (None, each.job_id)]

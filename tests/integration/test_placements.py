@@ -30,6 +30,21 @@ def place(client) -> tuple[PlacedBundle, ...]:
     return (PlacedBundle(client.nodes()[0].id, tuple(range(8))),)
 
 
+def test_a_group_whose_making_is_given_up_is_known(client, placements: Placements) -> None:
+    """A job that is cancelled just then releases it, or its GPUs are lost to everybody."""
+    where = place(client)
+
+    async def given_up() -> None:
+        making = asyncio.create_task(placements.create("given-up", NODE, where))
+        await asyncio.sleep(0)
+        making.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+
+    asyncio.run(given_up())
+    assert placements.group_id("given-up") is not None
+
+
 def test_a_group_is_waited_for_as_long_as_asked(client, placements: Placements) -> None:
     """GPUs that were free a moment ago may take Ray a while; nobody gives up before the time is over."""
     where = place(client)
