@@ -101,7 +101,8 @@ def check(
         note(f"its schema {report.summary.schema} is older than {report.newest}: the next start upgrades it")
     for finding in report.findings:
         show(tables.plain(str(finding)))
-    note(f"{len(report.findings)} findings" if report.findings else "nothing wrong was found")
+    count = len(report.findings)
+    note(f"{count} finding{'s' if count > 1 else ''}" if count else "nothing wrong was found")
     return int(bool(report.findings))
 
 

@@ -102,13 +102,14 @@ def check(where: str | Path) -> Report:
     file, a newer schema, no database at all.
     """
     name, snapshot = _source(where)
+    newest = head()
     with snapshot() as connection:
         schema = revision(connection, name)
         read_key(connection)  # without one it can't be opened either
         damage = sqlite.damage(connection) if connection.dialect.name == "sqlite" else []
         walk = _Walk(connection, [Finding(INTEGRITY, line) for line in damage])
         try:
-            if schema == head():
+            if schema == newest:
                 walk.shape()
             walk.meta()
             walk.events()
@@ -118,7 +119,7 @@ def check(where: str | Path) -> Report:
                 raise
             walk.findings.append(Finding(INTEGRITY, f"the rest can't be read: {error.orig}"))
         summary = summarise(connection, name) if not damage else _blank(schema)
-    return Report(name, head(), summary, walk.findings)
+    return Report(name, newest, summary, walk.findings)
 
 
 def summarise(connection: Connection, name: str) -> Summary:

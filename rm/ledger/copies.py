@@ -280,9 +280,8 @@ def _holder(handle: int) -> str:
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCK_START, _LOCK_LENGTH, 0)
     pid = struct.unpack(_FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, asked))[4]
     try:
-        words = (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        )
+        line = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        words = " ".join(line.replace("\0", " ").split())
     except OSError:
         return "another process"
     return f"process {pid} ({words[:60]})"

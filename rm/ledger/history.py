@@ -112,7 +112,8 @@ class History:
                 life = self.lives[event.job_id] = Life(seq, known=False)
             self._judge(seq, event, event.job_id, life)
             life.last = seq
-            self._apply(event, event.job_id, life)
+            if getattr(event, "attempt", life.attempt) >= life.attempt and life.end is None:
+                self._apply(event, event.job_id, life)
 
     def unreadable(self, seq: int, job_id: str) -> None:
         """An event of the job can't be read: what follows can't be judged by it."""
@@ -276,8 +277,8 @@ def _counts(cause: StopCause, life: Life) -> bool:
         return not cause.comes_back
     if life.phase is not Phase.RELEASING and life.stop is None:
         return True
-    succeeded = life.outcome is not None and life.outcome.status is Status.SUCCEEDED
-    return (life.stop is None or life.stop.comes_back) and not cause.comes_back and not succeeded
+    # The first versions recorded it for an attempt that had succeeded, too.
+    return (life.stop is None or life.stop.comes_back) and not cause.comes_back
 
 
 def _name(event: Event) -> str:
