@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,15 +66,16 @@ def restore(
     if as_json:
         show_json(done.to_dict())
     else:
-        facts = [("ledger", done.path), *(("kept", each) for each in done.kept), *_facts(done.backup)]
-        show(tables.facts_table([*facts, ("next job", f"j{done.next_job}")]))
-    note(
-        f"Start it with `rmctl start`. It knows what was known at {_time(done.backup.last_at)}:\n"
-        "- jobs accepted since then are unknown; those that still run are ended at the start\n"
-        "- jobs that ran then are taken over if the same attempt still runs; else they run again, also those that\n"
-        "  have ended since, from their last checkpoint\n"
-        f"- new jobs are numbered from j{done.next_job}, so that none meets the files of a forgotten one"
-    )
+        facts = [("ledger", done.path), *(("kept", each) for each in done.kept)]
+        show(tables.facts_table([*facts, *_facts(replace(done.backup, next_job=done.next_job))]))
+    for line in (
+        f"Start it with `rmctl start`. It knows what was known at {_time(done.backup.last_at)}:",
+        "- jobs accepted since then are unknown; those that still run are ended at the start",
+        "- jobs that ran then are taken over if the same attempt still runs; else they run again, also those",
+        "  that have ended since, from their last checkpoint",
+        f"- new jobs are numbered from j{done.next_job}, so that none meets the files of a forgotten one",
+    ):
+        note(line)
     return 0
 
 

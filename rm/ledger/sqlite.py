@@ -207,6 +207,6 @@ def _require_intact(connection: Connection, name: str) -> None:
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if found != "ok":
         raise LedgerUnavailable(
-            f"the ledger {name} is damaged ({found}): restore it from a backup, or save what is left with "
-            "`sqlite3 … .recover`"
+            f"the ledger {name} is damaged ({found}): restore it from a backup (`rmctl ledger restore`), or "
+            "save what is left with `sqlite3 … .recover`"
         )
