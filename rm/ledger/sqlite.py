@@ -208,5 +208,5 @@ def _require_intact(connection: Connection, name: str) -> None:
     if found != "ok":
         raise LedgerUnavailable(
             f"the ledger {name} is damaged ({found}): restore it from a backup (`rmctl ledger restore`), or "
-            "save what is left with `sqlite3 … .recover`"
+            "save what is left with `sqlite3 … .dump` (docs/reliability.md)"
         )
