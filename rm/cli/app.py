@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rm.cli import cluster, looking, queues, simulate, submitting
+from rm.cli import cluster, ledger, looking, queues, simulate, submitting
 
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
@@ -70,6 +70,7 @@ app.command("events", rich_help_panel="Cluster")(looking.events)
 app.command("audit", rich_help_panel="Cluster")(cluster.audit)
 app.command("start", rich_help_panel="Cluster")(cluster.start)
 app.command("stop", rich_help_panel="Cluster")(cluster.stop)
+app.add_typer(ledger.ledger, name="ledger", rich_help_panel="Cluster")
 app.command("demo", rich_help_panel="Cluster")(cluster.demo)
 app.command("simulate", cls=simulate.NamesPolicies, rich_help_panel="Planning")(simulate.simulate)
 app.add_typer(simulate.traces, name="trace", rich_help_panel="Planning")

@@ -12,7 +12,7 @@ import typer
 from rm import tables
 from rm.cli.screen import note, show, show_json
 from rm.cli.session import AsJson, connect, settings
-from rm.errors import InvalidSpec, NoAllocator
+from rm.errors import InvalidSpec, LedgerUnavailable, NoAllocator
 
 if TYPE_CHECKING:
     from rm.runtime.local import LocalRay
@@ -173,6 +173,13 @@ def stop(
         if ray is None:
             raise
         stopped["allocator"] = f"not running ({error.message})"
+    except LedgerUnavailable:
+        if not keep_jobs:
+            raise  # nobody knows which jobs live
+        from rm.runtime.connect import stop_actors
+
+        stop_actors(store_too=False)
+        stopped["allocator"] = "stopped; it had not been able to open its ledger"
     else:
         stopped["home"] = client.hello()["home"]
         client.stop_allocator(cancel_jobs=cancel_jobs, keep_jobs=keep_jobs)

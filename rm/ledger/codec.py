@@ -123,6 +123,12 @@ def column(text: str) -> str:
     return f"{stored[: COLUMN_CHARS - len(digest) - 1]}…{digest}"
 
 
+def moment(at: float) -> float:
+    """A time as it stands in a column."""
+    # SQLite stores NaN as NULL. The JSON beside it keeps what was said.
+    return at if at == at else 0.0  # noqa: PLR0124 (NaN is the one value unlike itself)
+
+
 def _encode(value: object, exclude: Mapping[str, set[str]] | None = None) -> str:
     try:
         # An odd object in a reason's evidence is no ground to lose an event: it is written as its str.

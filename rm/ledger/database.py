@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Engine, TextClause
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, TextClause, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from rm.errors import LedgerUnavailable
 
@@ -70,6 +70,21 @@ class Database:
             yield
         except (SQLAlchemyError, OverflowError) as error:  # the latter: a number beyond SQLite's 64 bits
             raise unavailable(self.name, doing, error, self.advice) from error
+
+
+def parse_url(url: str) -> URL:
+    """A ledger's URL. Raises LedgerUnavailable for anything but SQLite and PostgreSQL."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    backend = parsed.drivername.split("+")[0] if parsed is not None else ""
+    if parsed is None or backend not in ("sqlite", "postgresql", "postgres"):
+        raise LedgerUnavailable(
+            "the ledger's URL (RM_LEDGER_URL) must be sqlite:////path/to/ledger.sqlite or "
+            f"postgresql://user@host/database, not {backend or 'something else'}"
+        )
+    return parsed
 
 
 def unavailable(name: str, doing: str, error: Exception, advice: str) -> LedgerUnavailable:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Select, bindparam, func, make_url, select, text, update
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import Connection, Select, bindparam, func, select, text, update
 
 from rm.core.books import Owner
 from rm.core.fairshare import Usage
@@ -25,7 +24,7 @@ from rm.core.model import TERMINAL, Job, Status
 from rm.core.resources import gpu_count
 from rm.errors import LedgerUnavailable, UnknownJob
 from rm.ledger import codec
-from rm.ledger.database import Database
+from rm.ledger.database import Database, parse_url
 from rm.ledger.rows import Accepted, AppliedPolicy, Batch, EventRow, JobRow, Loaded
 from rm.ledger.schema import read_key
 from rm.ledger.tables import events, jobs, meta, usage
@@ -40,6 +39,8 @@ LEARNT_FROM = 2_000
 """How many of the latest ended jobs `load` gives, to learn durations from."""
 POLICY = "policy"
 """The row of `meta` that holds the rules in force."""
+FIRST_SEQ = "first_seq"
+"""The row of `meta` below which no number is given again: a restored backup's. Later jobs had those numbers."""
 KEYS_AT_ONCE = 1_000
 """Most parameters of one query; SQLite allows 32,766."""
 
@@ -59,17 +60,8 @@ class Ledger:
 
         Raises LedgerUnavailable where something else is: a damaged file, a foreign database, a newer schema.
         """
-        try:
-            parsed = make_url(url)
-        except ArgumentError:
-            parsed = None
-        backend = parsed.drivername.split("+")[0] if parsed is not None else ""
-        if parsed is None or backend not in ("sqlite", "postgresql", "postgres"):
-            raise LedgerUnavailable(
-                "the ledger's URL (RM_LEDGER_URL) must be sqlite:////path/to/ledger.sqlite or "
-                f"postgresql://user@host/database, not {backend or 'something else'}"
-            )
-        if backend == "sqlite":
+        parsed = parse_url(url)
+        if parsed.get_backend_name() == "sqlite":
             from rm.ledger.sqlite import open_sqlite as connect
         else:
             from rm.ledger.postgres import open_postgres as connect
@@ -97,10 +89,10 @@ class Ledger:
             ended_rows = connection.execute(ended).all()
             used = connection.execute(select(usage)).all()
             policy = connection.execute(_POLICY_ROW).scalar()
-            last = connection.execute(select(func.max(jobs.c.seq))).scalar()
+            number = next_seq(connection)
         return Loaded(
             [_job(row) for row in rows],
-            (last or 0) + 1,
+            number,
             [((codec.uncolumn(each.queue), codec.uncolumn(each.owner)), _usage(each)) for each in used],
             sorted((_job(row) for row in ended_rows), key=lambda job: job.ended_at or 0.0),
             None if policy is None else _decoded("the policy", codec.decode_policy, policy),
@@ -219,6 +211,13 @@ class Ledger:
             return connection.execute(query).all()
 
 
+def next_seq(connection: Connection) -> int:
+    """The next free number of a job."""
+    last = connection.execute(select(func.max(jobs.c.seq))).scalar()
+    first = connection.execute(select(meta.c.value).where(meta.c.name == FIRST_SEQ)).scalar()
+    return max((last or 0) + 1, int(first or 1))
+
+
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
 _MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
 _POLICY_ROW = select(meta.c.value).where(meta.c.name == POLICY)
@@ -251,8 +250,8 @@ def _record_fields(job: Job) -> Fields:
         "queue": codec.column(job.queue),
         "kind": str(job.kind),
         "status": str(job.status),
-        "submitted_at": _moment(job.submitted_at),
-        "ended_at": None if job.ended_at is None else _moment(job.ended_at),
+        "submitted_at": codec.moment(job.submitted_at),
+        "ended_at": None if job.ended_at is None else codec.moment(job.ended_at),
         "record": codec.encode_job(job),
     }
 
@@ -262,8 +261,8 @@ def _usage_fields(owner: Owner, used: Usage) -> Fields:
     return {
         "queue": codec.column(queue),
         "owner": codec.column(name),
-        "average": _moment(used.average),
-        "at": _moment(used.at),
+        "average": codec.moment(used.average),
+        "at": codec.moment(used.at),
     }
 
 
@@ -274,7 +273,7 @@ def _usage(row: Any) -> Usage:
 def _event_fields(row: EventRow) -> Fields:
     event = row.event
     return {
-        "at": _moment(event.at),
+        "at": codec.moment(event.at),
         "kind": type(event).__name__,
         "job_id": None if event.job_id is None else codec.column(event.job_id),
         "attempt": getattr(event, "attempt", None),
@@ -284,11 +283,6 @@ def _event_fields(row: EventRow) -> Fields:
         "charged_before": row.totals_before.charged,
         "charged_after": row.totals_after.charged,
     }
-
-
-def _moment(at: float) -> float:
-    # SQLite stores NaN as NULL. The JSON beside it keeps what was said.
-    return at if at == at else 0.0  # noqa: PLR0124 (NaN is the one value unlike itself)
 
 
 def _job(row: Any) -> Job:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from rm.errors import LedgerUnavailable
-from rm.ledger.database import READERS, WAIT_S, Database
+from rm.ledger.database import READERS, WAIT_S, Database, unavailable
 from rm.ledger.schema import create, is_empty, upgrade
 
 FENCE_KEY = 0x7261792D726D
@@ -35,18 +38,8 @@ quarter of an hour. What the URL says about these wins."""
 
 def open_postgres(url: URL) -> Database:
     """The ledger at `url`, its tables made if the database has none at all. Raises LedgerUnavailable."""
-    if url.drivername in ("postgresql", "postgres"):
-        url = url.set(drivername="postgresql+psycopg")
-    if url.drivername != "postgresql+psycopg":
-        raise LedgerUnavailable(f"the ledger's URL asks for {url.drivername}: write it as postgresql://…")
-    name = url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
-    try:
-        writer = _engine(url, writes=True)
-        reader = _engine(url, writes=False)
-    except ImportError as error:
-        raise LedgerUnavailable(
-            f"the ledger {name} needs the PostgreSQL driver: pip install 'ray-rm[postgres]' ({error})"
-        ) from error
+    name = public_name(url)
+    writer, reader = _engine(url, writes=True), _engine(url, writes=False)
     advice = "check that the server answers and that RM_LEDGER_URL is right; nothing was acknowledged"
     fence = text(f"SELECT pg_advisory_xact_lock({FENCE_KEY})")
     database = Database(name, advice, writer, reader, fence)
@@ -67,7 +60,43 @@ def open_postgres(url: URL) -> Database:
     return database
 
 
+@contextmanager
+def snapshot(url: URL) -> Iterator[Connection]:
+    """The ledger as it is at one moment, for reading only. Raises LedgerUnavailable."""
+    name = public_name(url)
+    engine = _engine(url, writes=False)
+    try:
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            yield connection
+    except SQLAlchemyError as error:
+        raise unavailable(
+            name, "read", error, "check that the server answers and that the URL is right"
+        ) from error
+    finally:
+        engine.dispose()
+
+
+def public_name(url: URL) -> str:
+    """The URL for messages: without options, driver and password."""
+    return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
+
+
 def _engine(url: URL, *, writes: bool) -> Engine:
+    """Raises LedgerUnavailable for another driver than ours, and where ours is not installed."""
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername != "postgresql+psycopg":
+        raise LedgerUnavailable(f"the ledger's URL asks for {url.drivername}: write it as postgresql://…")
+    try:
+        return _made(url, writes=writes)
+    except ImportError as error:
+        raise LedgerUnavailable(
+            f"the ledger {public_name(url)} needs the PostgreSQL driver: pip install 'ray-rm[postgres]' ({error})"
+        ) from error
+
+
+def _made(url: URL, *, writes: bool) -> Engine:
     engine = create_engine(
         url,
         connect_args={key: value for key, value in _TCP.items() if key not in url.query},

@@ -41,6 +41,15 @@ def upgrade(connection: Connection, name: str) -> None:
 
     Raises LedgerUnavailable for a database that is not ours and for one that a newer version has written.
     """
+    if revision(connection, name) != head():
+        _run_revisions(connection)
+
+
+def revision(connection: Connection, name: str) -> str:
+    """The revision that the ledger has: this version's or an older one's.
+
+    Raises LedgerUnavailable for a database that is not ours and for one that a newer version has written.
+    """
     tables = set(inspect(connection).get_table_names())
     if not _is_ours(connection, tables):
         found = f"it holds {', '.join(sorted(tables)[:5])}" if tables else "it holds no table"
@@ -51,13 +60,17 @@ def upgrade(connection: Connection, name: str) -> None:
     script = ScriptDirectory.from_config(_config())
     current = set(MigrationContext.configure(connection).get_current_heads())
     unknown = current - {each.revision for each in script.walk_revisions()}
-    if unknown:
+    if unknown or len(current) != 1:
         raise LedgerUnavailable(
-            f"the ledger {name} was written by a newer version of ray-rm (schema {', '.join(unknown)}, this one "
-            f"knows {script.get_current_head()}): upgrade ray-rm on this machine"
+            f"the ledger {name} was written by a newer version of ray-rm (schema {', '.join(unknown) or 'none'}, "
+            f"this one knows {script.get_current_head()}): upgrade ray-rm on this machine"
         )
-    if current != {script.get_current_head()}:
-        _run_revisions(connection)
+    return current.pop()
+
+
+def head() -> str:
+    """The revision that this version writes."""
+    return str(ScriptDirectory.from_config(_config()).get_current_head())
 
 
 def read_key(connection: Connection) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from sqlite3 import Connection as SqliteConnection
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from rm.errors import LedgerUnavailable
@@ -27,19 +30,13 @@ _DURABLE = ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON")
 
 def open_sqlite(url: URL) -> Database:
     """The ledger at `url`, made if there is none. Raises LedgerUnavailable."""
-    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
-        raise LedgerUnavailable(f"the ledger's URL {url} names no file: use sqlite:////path/to/ledger.sqlite")
-    path = Path(url.database)
+    path = file_of(url)
     name = str(path)
     advice = f"check that the disk of {path.parent} has room and that this user may write there"
     try:
         if not path.exists():
             _make(url, path)
-        if path.stat().st_size == 0:
-            raise LedgerUnavailable(
-                f"the ledger {name} is empty: it was cut off, or it never was one; restore it from a backup, or "
-                "delete it if it held nothing"
-            )
+        _require_content(path)
     except OSError as error:
         raise unavailable(name, "opened", error, advice) from error
     writer = _engine(url, _WAL, *_DURABLE)
@@ -53,6 +50,72 @@ def open_sqlite(url: URL) -> Database:
         database.close()
         raise
     return database
+
+
+def file_of(url: URL) -> Path:
+    """The file that a SQLite URL names. Raises LedgerUnavailable where it names none."""
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise LedgerUnavailable(f"the ledger's URL {url} names no file: use sqlite:////path/to/ledger.sqlite")
+    return Path(url.database)
+
+
+@contextmanager
+def snapshot(path: Path) -> Iterator[Connection]:
+    """The file as it is at one moment, for reading only: nothing is made, mended or upgraded.
+
+    A write-ahead log beside the file belongs to it and is left as it is. Text that is no UTF-8 is read as far as it
+    goes, so that one bad byte does not hide the rest. Raises LedgerUnavailable.
+    """
+    name = str(path)
+    advice = (
+        "check that this user may read it, and write in its directory; if it is damaged, restore a backup "
+        "(`rmctl ledger restore`)"
+    )
+    log = path.with_name(path.name + "-wal")
+    try:
+        _require_content(path)
+        mode = (
+            "ro" if log.exists() else "rw"
+        )  # rw takes away the empty log that reading makes; it writes nothing else
+    except FileNotFoundError:
+        raise LedgerUnavailable(
+            f"there is no ledger at {name}: check the path, or RM_LEDGER_URL and RM_HOME"
+        ) from None
+    except OSError as error:
+        raise unavailable(name, "read", error, advice) from error
+
+    def connect() -> SqliteConnection:
+        address = f"{path.absolute().as_uri()}?mode={mode}"
+        made = sqlite3.connect(
+            address, uri=True, timeout=WAIT_S, isolation_level=None, check_same_thread=False
+        )
+        made.execute("PRAGMA query_only = ON")
+        made.text_factory = lambda data: data.decode(errors="surrogateescape")
+        return made
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")
+            yield connection
+    except SQLAlchemyError as error:
+        raise unavailable(name, "read", error, advice) from error
+    finally:
+        engine.dispose()
+
+
+def damage(connection: Connection) -> list[str]:
+    """What SQLite itself finds wrong with the file, up to 100 lines; empty where it is sound."""
+    found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(100)")]
+    return [] if found == ["ok"] else found
+
+
+def _require_content(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise LedgerUnavailable(
+            f"the ledger {path} is empty: it was cut off, or it never was one; restore it from a backup, or "
+            "delete it if it held nothing"
+        )
 
 
 def _make(url: URL, path: Path) -> None:
@@ -90,7 +153,12 @@ def _publish(draft: Path, path: Path) -> None:
         pass
     except OSError:  # a file system without hard links
         draft.rename(path)
-    handle = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -139,6 +207,6 @@ def _require_intact(connection: Connection, name: str) -> None:
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if found != "ok":
         raise LedgerUnavailable(
-            f"the ledger {name} is damaged ({found}): restore it from a backup, or save what is left with "
-            "`sqlite3 … .recover`"
+            f"the ledger {name} is damaged ({found}): restore it from a backup (`rmctl ledger restore`), or "
+            "save what is left with `sqlite3 … .dump` (docs/reliability.md)"
         )

@@ -477,7 +477,10 @@ class Allocator:
         await self._ready.wait()
         if self._broken is not None:
             if isinstance(self._broken, LedgerUnavailable):
-                raise self._broken
+                raise LedgerUnavailable(
+                    f"the allocator could not start: {self._broken}. When that is mended: `rmctl stop --keep-jobs`, "
+                    "then `rmctl start`"
+                )
             raise AllocatorUnavailable(f"the allocator could not start: {self._broken!r}")
 
     async def _look(self, job_id: str) -> JobView:

@@ -50,7 +50,7 @@ def test_alone_it_explains_itself(rmctl: Any) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "submit", "ls", "show", "logs", "why", "wait", "cancel", "nodes", "events",
-                                     "start", "stop", "demo", "version", "simulate", "trace"])  # fmt: skip
+                                     "start", "stop", "demo", "version", "simulate", "trace", "ledger"])  # fmt: skip
 def test_every_command_has_help(rmctl: Any, command: str) -> None:
     ran = rmctl(command, "-h")
     assert ran.code == 0

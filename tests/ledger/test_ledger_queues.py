@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from alembic import command
 from hypothesis import given, settings
-from ledger_batches import admitted, ended, make_job, make_spec, row, submission
+from ledger_batches import admitted, array_of, ended, make_job, row, submission
 from ledger_strategies import records
 from sqlalchemy import text
 
-from rm.core.events import JobSubmitted, PolicyChanged
+from rm.core.events import PolicyChanged
 from rm.core.fairshare import Usage
 from rm.core.model import Phase, Status
 from rm.core.policy import Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
-from rm.ledger import Accepted, AppliedPolicy, Batch, Ledger, codec, schema
+from rm.ledger import AppliedPolicy, Batch, Ledger, codec, schema
 
 Open = Callable[[str], Ledger]
 
@@ -161,19 +160,6 @@ def test_every_policy_comes_back_as_it_was(applied: AppliedPolicy) -> None:
     stored.encode()
     assert "\0" not in stored
     assert repr(codec.decode_policy(stored)) == repr(applied)
-
-
-def array_of(size: int, seq: int, **fields: Any) -> Batch:
-    spec = make_spec(array=size, **fields)
-    jobs = [
-        replace(make_job(seq + index, spec), id=f"j{seq}_{index}", array=f"j{seq}", array_index=index)
-        for index in range(size)
-    ]
-    return Batch(
-        [Accepted(job, spec, f"key-{job.id}") for job in jobs],
-        [row(JobSubmitted(job.submitted_at, job)) for job in jobs],
-        jobs,
-    )
 
 
 def test_an_array_is_counted_and_listed(opened: Open, url: str) -> None:
