@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from rm.core.events import Event, JobSubmitted
-from rm.core.model import Job
+from rm.core.model import Cordon, Job
 from rm.ledger.rows import AppliedPolicy
 from rm.spec import JobSpec
 
@@ -87,6 +87,15 @@ def decode_policy(text: str) -> AppliedPolicy:
     return _decode(_POLICY, text)
 
 
+def encode_cordon(cordon: Cordon) -> str:
+    return _encode(cordon)
+
+
+def decode_cordon(text: str) -> Cordon:
+    """Raises ValueError (pydantic's) for text that is no cordon."""
+    return _decode(_CORDON, text)
+
+
 def encode_event(event: Event) -> str:
     """The event's body. JobSubmitted holds the request's own fields only: the rest has not happened yet."""
     return _encode(event, {"job": set(PROGRESS_FIELDS)} if isinstance(event, JobSubmitted) else None)
@@ -145,6 +154,7 @@ def _decode(adapter: TypeAdapter[Record], text: str) -> Record:
 
 _JOB = TypeAdapter(Job)
 _POLICY = TypeAdapter(AppliedPolicy)
+_CORDON = TypeAdapter(Cordon)
 
 
 @cache

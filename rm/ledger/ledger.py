@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Select, bindparam, func, make_url, select, text, update
+from sqlalchemy import Select, bindparam, delete, func, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError
 
 from rm.core.books import Owner
@@ -28,7 +28,7 @@ from rm.ledger import codec
 from rm.ledger.database import Database
 from rm.ledger.rows import Accepted, AppliedPolicy, Batch, EventRow, JobRow, Loaded
 from rm.ledger.schema import read_key
-from rm.ledger.tables import events, jobs, meta, usage
+from rm.ledger.tables import cordons, events, jobs, meta, usage
 from rm.spec import JobSpec
 from rm.views import EventView
 
@@ -97,6 +97,7 @@ class Ledger:
             ended_rows = connection.execute(ended).all()
             used = connection.execute(select(usage)).all()
             policy = connection.execute(_POLICY_ROW).scalar()
+            cordoned = connection.execute(select(cordons).order_by(cordons.c.node_id)).all()
             last = connection.execute(select(func.max(jobs.c.seq))).scalar()
         return Loaded(
             [_job(row) for row in rows],
@@ -104,6 +105,7 @@ class Ledger:
             [((codec.uncolumn(each.queue), codec.uncolumn(each.owner)), _usage(each)) for each in used],
             sorted((_job(row) for row in ended_rows), key=lambda job: job.ended_at or 0.0),
             None if policy is None else _decoded("the policy", codec.decode_policy, policy),
+            [_decoded(f"node {each.node_id}", codec.decode_cordon, each.record) for each in cordoned],
         )
 
     def commit(self, batch: Batch) -> None:
@@ -114,7 +116,7 @@ class Ledger:
         moved = [{"of": codec.column(job.id), **_record_fields(job)} for job in changed.values()]
         happened = [_event_fields(row) for row in batch.events]
         used = [_usage_fields(*each) for each in batch.usage]
-        if not (added or moved or happened or used or batch.policy):
+        if not (added or moved or happened or used or batch.policy or batch.cordons):
             return
         with self._database.transaction() as connection:
             if added:
@@ -130,6 +132,11 @@ class Ledger:
                 connection.execute(events.insert(), happened)
             if used:
                 connection.execute(_USED, used)
+            for node_id, cordon in batch.cordons.items():
+                connection.execute(_LIFT.where(cordons.c.node_id == codec.column(node_id)))
+                if cordon is not None:
+                    row = {"node_id": codec.column(node_id), "record": codec.encode_cordon(cordon)}
+                    connection.execute(cordons.insert(), row)
             if batch.policy is not None:
                 row = {"name": POLICY, "value": codec.encode_policy(batch.policy)}
                 connection.execute(_SET_META, row)
@@ -220,6 +227,7 @@ class Ledger:
 
 
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
+_LIFT = delete(cordons)
 _MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
 _POLICY_ROW = select(meta.c.value).where(meta.c.name == POLICY)
 _USED = text(
