@@ -142,16 +142,15 @@ class ClusterState:
         return events
 
     def _drains_due(self, now: float) -> Iterable[StopRequested]:
-        stopped: set[str] = set()
-        for cordon in self._draining():
-            if cordon.deadline is None or cordon.deadline > now:
-                continue
+        overdue = [each for each in self._draining() if each.deadline is not None and each.deadline <= now]
+        stops: dict[str, str] = {}
+        for cordon in overdue:
             for job_id in sorted(self.books.charged_on.get(cordon.node_id, ())):
                 attempt = self.jobs[job_id].attempt
                 assert attempt is not None
-                if job_id not in stopped and attempt.stop is None and attempt.phase is not Phase.RELEASING:
-                    stopped.add(job_id)
-                    yield StopRequested(now, job_id, StopCause.DRAINED, self._named(cordon.node_id))
+                if attempt.stop is None and attempt.phase is not Phase.RELEASING:
+                    stops.setdefault(job_id, self._named(cordon.node_id))
+        return [StopRequested(now, job_id, StopCause.DRAINED, by) for job_id, by in stops.items()]
 
     def _draining(self) -> list[Cordon]:
         return [each for each in self.cordons.values() if each.draining]
