@@ -120,7 +120,7 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
         cordoned, units = _cordoned(state.capacity.matching(gang))
         return Reason(
             reasons.NODES_CORDONED,
-            f"needs {job.gang}; {_nodes_are_cordoned(cordoned, units)}, and the others could not hold it",
+            f"needs {job.gang}; what is not cordoned could not hold it: {_nodes_are_cordoned(cordoned, units)}",
             {**evidence, "cordoned_nodes": cordoned, "cordoned_gpus": gpu_count(units)},
             "it starts when they are uncordoned; `rmctl nodes` says by whom they are cordoned, and why",
         )
