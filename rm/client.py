@@ -25,7 +25,15 @@ from rm.errors import InvalidSpec, RequestError, RmError
 from rm.job import Job
 from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
-from rm.spec import RESOURCE_FIELDS, Config, JobSpec, build_spec, default_owner, did_you_mean
+from rm.spec import (
+    RESOURCE_FIELDS,
+    Config,
+    JobSpec,
+    build_spec,
+    default_owner,
+    did_you_mean,
+    parse_duration,
+)
 from rm.submission import Environment, submitter_environment
 from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
@@ -194,6 +202,32 @@ class Client:
     def nodes(self) -> list[NodeView]:
         """The cluster's nodes: what is charged to jobs, held by other work, and free."""
         return NodeList(self._allocator("nodes"))
+
+    def cordon(self, *nodes: str, reason: str = "") -> list[NodeView]:
+        """Place nothing new on these nodes; what runs there goes on. Raises UnknownNode.
+
+        A node is named by its name, its id, or the beginning of its id.
+        """
+        return NodeList(self._allocator("cordon", list(nodes), self.owner, reason))
+
+    def drain(self, *nodes: str, deadline: float | str | None = None, reason: str = "") -> list[NodeView]:
+        """Cordon these nodes and empty them: `NodeView.status` turns from "draining" to "drained".
+
+        `deadline`: after so long (seconds, "10m"; 0: at once) what still runs there is stopped with its grace and
+        queued again with its age and its checkpoint, at no retry's cost. None: its end is waited for.
+        Raises UnknownNode, InvalidSpec.
+        """
+        try:
+            deadline_s = parse_duration(deadline)
+        except ValueError as error:
+            raise InvalidSpec(f"deadline: {error}", field="deadline") from None
+        return NodeList(
+            self._allocator("cordon", list(nodes), self.owner, reason, drain=True, deadline_s=deadline_s)
+        )
+
+    def uncordon(self, *nodes: str) -> list[NodeView]:
+        """Place jobs on these nodes again. Raises UnknownNode."""
+        return NodeList(self._allocator("uncordon", list(nodes), self.owner))
 
     def events(self, *, after: int = 0, limit: int = 1000) -> list[EventView]:
         """The history of the whole cluster from the ledger, oldest first."""

@@ -57,6 +57,10 @@ class UnknownQueue(RequestError):
     """The named queue is not configured."""
 
 
+class UnknownNode(RequestError):
+    """No node of the cluster is called so, or several are."""
+
+
 class PayloadTooLarge(RequestError):
     """A function and its arguments, or a result, exceed what travels by value."""
 

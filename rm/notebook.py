@@ -69,13 +69,14 @@ def jobs_table(views: Sequence[JobView]) -> str:
 def nodes_table(views: Sequence[NodeView]) -> str:
     """The nodes, one row each: how many GPUs, and who has them."""
     return _table(
-        ("node", "type", "GPUs", "rm", "others", "free", "jobs"),
+        ("node", "type", "GPUs", "rm", "others", "free", "jobs", "status"),
         [
             (
                 escape(v.name),
                 escape(v.gpu_type or "–"),
                 *(f"{count:g}" for count in (v.gpus, v.charged_gpus, v.foreign_gpus, v.free_gpus)),
                 escape(", ".join(v.jobs) or "–"),
+                escape(v.status),
             )
             for v in views
         ],

@@ -25,6 +25,7 @@ from rm.yaml_text import Document, Path, read
 
 MOST_GPUS = 1_000_000
 MOST_S = 100 * 365 * DAY_S
+MOST_FAILURES = 1_000
 MOST_LEVELS = 10
 MOST_ERRORS = 20
 """Errors that one message lists."""
@@ -114,6 +115,16 @@ def _priority(value: Any) -> int:
     return value
 
 
+def _failures(value: Any) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or not (value == 0 or 2 <= value <= MOST_FAILURES)
+    ):
+        raise ValueError(f"must be from 2 to {MOST_FAILURES} failures, or 0 for never, not {_shown(value)}")
+    return value
+
+
 def _labels(value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise ValueError(f"must be names and values of node labels, not {_shown(value)}")
@@ -195,6 +206,15 @@ Queues = Annotated[
 QueueSettings.model_rebuild()
 
 
+class NodeFailures(BaseModel):
+    """When a node that fails is cordoned: after `limit` infrastructure failures within `window` seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit: Annotated[int, BeforeValidator(_failures)] = 3
+    window: SomeSpan = 600.0
+
+
 class Settings(BaseModel):
     """The whole file. `parse` is the way in, `policy` the way on."""
 
@@ -211,6 +231,7 @@ class Settings(BaseModel):
     min_runtime: Span = 0.0
     settle: Span = 60.0
     predicted_limits: Flag = False
+    node_failures: NodeFailures = NodeFailures()
     admins: Owners = ()
 
     @classmethod
@@ -239,6 +260,8 @@ class Settings(BaseModel):
             "predicted_limits": self.predicted_limits,
             "min_runtime_s": self.min_runtime,
             "settle_s": self.settle,
+            "node_failure_limit": self.node_failures.limit,
+            "node_failure_window_s": self.node_failures.window,
         }
         places = list(_places(self))
         if not places:
@@ -389,19 +412,28 @@ def _fault(error: Any) -> _Fault:
     path = tuple(str(part) for part in error["loc"] if part != "[key]")
     match error["type"]:
         case "extra_forbidden":
-            fields = Settings.model_fields if len(path) == 1 else QueueSettings.model_fields
+            fields = _fields_at(path)
             if path[-1] == "parent":
                 return _Fault(path, "unknown field; a queue stands below `queues:` of its parent instead")
-            return _Fault(path, f"unknown field; {did_you_mean(path[-1], set(fields))}")
+            return _Fault(path, f"unknown field; {did_you_mean(path[-1], fields)}")
         case "value_error":
             return _Fault(path, error["msg"].removeprefix("Value error, "))
         case "dict_type" | "model_type":
             what = "queues by name" if path[-1] == "queues" else "the fields of a queue"
+            if path == ("node_failures",):
+                what = "`limit` and `window`, such as {limit: 3, window: 10m}"
             return _Fault(path, f"must be {what}, not {_shown(error['input'])}")
         case "string_type":
             return _Fault(path, f"must be text, not {_shown(error['input'])}; quotes make it so")
         case _:
             return _Fault(path, f"{error['msg']}, not {_shown(error['input'])}")
+
+
+def _fields_at(path: Path) -> set[str]:
+    """The fields that may stand where the last one of `path` does."""
+    if len(path) == 1:
+        return set(Settings.model_fields)
+    return set(NodeFailures.model_fields if path[0] == "node_failures" else QueueSettings.model_fields)
 
 
 def _invalid(faults: list[_Fault], document: Document) -> InvalidSpec:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 100_000
 """Columns of a console that is no terminal: more than any table has."""
 LONGEST_METRIC = 60
-FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT", "DONE"})
+FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "WHAT", "DONE", "STATUS"})
 """Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
 NARROWEST = 10
 BAR_CELLS = 16
@@ -170,7 +170,10 @@ def _note(view: JobView) -> str:
 
 
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
-    """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them."""
+    """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them.
+
+    STATUS is left out where all are ready.
+    """
     rows = [
         (
             plain(view.name),
@@ -183,12 +186,26 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
             f"{view.cpus:g}",
             f"{view.memory_bytes / 2**30:.1f} GiB",
             plain(", ".join(view.jobs)) or "–",
+            plain(node_status(view)),
         )
         for view in views
     ]
     numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
-    names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS")
-    return grid(names, rows, numbers)
+    names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS", "STATUS")
+    shown = len(names) - all(view.cordon is None for view in views)
+    return grid(names[:shown], [row[:shown] for row in rows], numbers)
+
+
+def node_status(view: NodeView) -> str:
+    """ "ready", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud"."""
+    if view.cordon is None:
+        return view.status
+    said = view.cordon
+    deadline = said["deadline"] if view.status == "draining" else None
+    until = "" if deadline is None else f" until {moment(deadline)}"
+    by = f" by {said['by']}" if said["by"] else ""
+    why = f": {said['reason']}" if said["reason"] else ""
+    return f"{view.status}{until}{by} since {moment(said['at'])}{why}"
 
 
 def queues_table(views: Sequence[QueueView]) -> Table:
@@ -225,14 +242,14 @@ def by_kind(amounts: dict[str, float]) -> str:
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
-    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free."""
+    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free, or idle on a cordoned node."""
     cells = min(view.gpus, BAR_CELLS)
     ours = round(view.charged_gpus / view.gpus * cells) if view.gpus else 0
     others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
-    full, foreign, free = "#x." if ascii_only else "█▒░"
-    return Text.assemble(
-        (full * ours, "blue"), (foreign * others, "magenta"), (free * (cells - ours - others), "green")
-    )
+    full, foreign, free, closed = "#x.-" if ascii_only else "█▒░╌"
+    rest = cells - ours - others
+    idle = (free * rest, "green") if view.cordon is None else (closed * rest, "dim")
+    return Text.assemble((full * ours, "blue"), (foreign * others, "magenta"), idle)
 
 
 def events_table(views: Sequence[EventView], began: float | None = None) -> Table:
@@ -285,7 +302,11 @@ def sentence(view: EventView) -> str:
             outcome = body.get("outcome") or {}
             return f"{outcome.get('status')} {outcome.get('message') or ''}".strip()
         case "StopRequested":
+            if body.get("cause") == "drained":
+                return f"{body.get('by')} is drained"
             return f"{body.get('cause')}" + (f" by {body['by']}" if body.get("by") else "")
+        case "NodeCordoned" | "NodeUncordoned":
+            return _cordon_sentence(view.kind, body)
         case "HoldChanged":
             by = f" by {body['by']}" if body.get("by") else ""
             return f"{'held' if body.get('held') else 'released'}{by}"
@@ -327,6 +348,16 @@ def audited(view: AuditView) -> str:
         return f"{sides} agree: {compared}"
     left = sum(not each.repaired for each in view.findings)
     return f"{sides} differed in {len(view.findings)}, {left} of them not repaired: {compared}"
+
+
+def _cordon_sentence(kind: str, body: dict[str, Any]) -> str:
+    by = f" by {body['by']}" if body.get("by") else ""
+    if kind == "NodeUncordoned":
+        return f"node {str(body.get('node_id'))[:8]} uncordoned{by}"
+    deadline = f" until {moment(body['deadline'])}" if body.get("deadline") is not None else ""
+    what = f"drains{deadline}" if body.get("draining") else "cordoned"
+    why = f": {body['reason']}" if body.get("reason") else ""
+    return f"node {str(body.get('node_id'))[:8]} {what}{by}{why}"
 
 
 def _place(placed: dict[str, Any]) -> str:

@@ -18,8 +18,10 @@ from rm.core.events import (
     Event,
     JobAdmitted,
     JobSubmitted,
+    NodeCordoned,
     NodeJoined,
     NodeLost,
+    NodeUncordoned,
     PlacementReady,
     PlacementReleased,
     PolicyChanged,
@@ -89,6 +91,16 @@ class FakeCluster:
         self.dates.clear()
         self.happen(NodeLost(self.now, node_id))
 
+    def cordon(
+        self, node_id: str, reason: str = "", *, draining: bool = False, deadline: float | None = None
+    ) -> None:
+        """As an administrator would. `deadline`: a moment on the virtual clock."""
+        self.dates.clear()
+        self.happen(NodeCordoned(self.now, node_id, "someone", reason, draining, deadline))
+
+    def uncordon(self, node_id: str) -> None:
+        self.happen(NodeUncordoned(self.now, node_id, "someone"))
+
     def submit(
         self,
         num_gpus: float = 1,
@@ -124,6 +136,8 @@ class FakeCluster:
         effects: list[Effect] = []
         for event in events:
             effects += self._apply(event)
+        for due in self.state.due(self.now):
+            effects += self._apply(due)
         decisions = schedule(self.state, self.now).events
         for decision in decisions:
             effects += self._apply(decision)
@@ -155,7 +169,7 @@ class FakeCluster:
             return True
         if alarm is not None:
             self.now = alarm
-            self.happen(*self.state.due(alarm))
+            self.happen()
             return True
         return False
 
@@ -200,7 +214,7 @@ class FakeCluster:
                     self._running[key] = fate
                     self._later(self.start_s, RunStarted(0, *key))
                     end = self.start_s + behaviour.duration_s
-                    self._later(end, self._end_of(key, fate))
+                    self._later(end, self._end_of(key, fate, effect.placed[0].node_id))
                 case Stop():
                     if self._running.pop(key, ""):
                         stopped = Outcome(Status.FAILED, "stopped", signal=15)
@@ -218,9 +232,9 @@ class FakeCluster:
         self._later(self.reserve_s, PlacementReady(0, *key))
 
     @staticmethod
-    def _end_of(key: tuple[str, int], fate: str) -> Event:
+    def _end_of(key: tuple[str, int], fate: str, node_id: str) -> Event:
         if fate == "lost":
-            return RunLost(0, *key, "the runner died")
+            return RunLost(0, *key, "the runner died", node_id)
         if fate == "fail":
             return RunExited(0, *key, Outcome(Status.FAILED, "exited with code 1", rank=0, exit_code=1))
         return RunExited(0, *key, Outcome(Status.SUCCEEDED))

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rm.core.capacity import usable
-from rm.core.model import Job, Node, Status
+from rm.core.model import Cordon, Job, Node, Status
 from rm.core.policy import ANY, Policy, QueuePolicy
 from rm.core.quota import QuotaTree
 from rm.core.reasons import Reason
@@ -80,7 +79,11 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds."""
+    """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds.
+
+    `status`: "ready", "cordoned", "draining" or "drained". Where it is not ready nothing is free, and `cordon` says
+    why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None).
+    """
 
     id: str
     name: str
@@ -93,6 +96,8 @@ class NodeView:
     memory_bytes: int
     jobs: tuple[str, ...]
     labels: dict[str, str] = field(default_factory=dict)
+    status: str = "ready"
+    cordon: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -274,22 +279,33 @@ def array_status(tally: Mapping[Status, int]) -> Status:
     return next((status for status in _WORST_FIRST if tally.get(status)), Status.SUCCEEDED)
 
 
-def node_view(node: Node, jobs: tuple[str, ...]) -> NodeView:
-    free = usable(node).total_free
+def node_view(node: Node, jobs: tuple[str, ...], cordon: Cordon | None = None) -> NodeView:
+    """`jobs`: what is charged there, whether it starts, runs or ends."""
     charged = node.gpu_slots * GPU_UNIT - node.devices.total_free
+    left = node.devices.without_foreign(node.foreign_units).total_free
     return NodeView(
         id=node.id,
         name=node.name,
         gpu_type=node.gpu_type,
         gpus=node.gpu_slots,
         charged_gpus=gpu_count(charged),
-        foreign_gpus=gpu_count(node.gpu_slots * GPU_UNIT - charged - free),
-        free_gpus=gpu_count(free),
+        foreign_gpus=gpu_count(node.gpu_slots * GPU_UNIT - charged - left),
+        free_gpus=0.0 if cordon else gpu_count(left),
         cpus=node.cpu_milli / 1000,
         memory_bytes=node.memory_bytes,
         jobs=jobs,
         labels=dict(node.labels),
+        status="ready" if cordon is None else _cordoned(cordon, jobs),
+        cordon=None
+        if cordon is None
+        else {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline},
     )
+
+
+def _cordoned(cordon: Cordon, jobs: tuple[str, ...]) -> str:
+    if not cordon.draining:
+        return "cordoned"
+    return "draining" if jobs else "drained"
 
 
 def queue_views(

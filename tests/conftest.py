@@ -72,6 +72,8 @@ def client(ray_cluster: SimpleNamespace) -> Iterator[Any]:
         job.cancel()
     try:
         wait_until(lambda: not client.jobs(), 60, "all jobs ended")
+        # Tests kill runners: what counts against a node ends with the test.
+        client.uncordon(*(node.id for node in client.nodes()))
     finally:
         assert_nothing_left(client)
 

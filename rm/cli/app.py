@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rm.cli import cluster, ledger, looking, queues, simulate, submitting
+from rm.cli import cluster, ledger, looking, nodes, queues, simulate, submitting
 
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
@@ -64,6 +64,9 @@ app.command("hold", rich_help_panel="Jobs")(looking.hold)
 app.command("release", rich_help_panel="Jobs")(looking.release)
 app.command("cancel", rich_help_panel="Jobs")(looking.cancel)
 app.command("nodes", rich_help_panel="Cluster")(cluster.nodes)
+app.command("cordon", rich_help_panel="Cluster")(nodes.cordon)
+app.command("drain", rich_help_panel="Cluster")(nodes.drain)
+app.command("uncordon", rich_help_panel="Cluster")(nodes.uncordon)
 app.command("queues", rich_help_panel="Cluster")(queues.list_queues)
 app.command("apply", rich_help_panel="Cluster")(queues.apply)
 app.command("events", rich_help_panel="Cluster")(looking.events)

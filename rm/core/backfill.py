@@ -161,7 +161,7 @@ def _has_room(
     """Whether its nodes are there, and hold what it needs when it is due beside what is `owed` to others."""
     bundle = job.gang.bundle
     for node_id, need in reservation.need.items():
-        if node_id not in state.capacity:
+        if node_id not in state.capacity or state.capacity[node_id].cordoned:
             return False
         then = _free_at(node_id, reservation, state, taken.get(node_id, ()))
         if node_id in owed:

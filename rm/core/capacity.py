@@ -25,7 +25,10 @@ _OWN_LABELS = frozenset({"ray.io/node-id"})
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """GPUs of the whole cluster in units: charged + foreign + free = capacity, up to nodes that just left."""
+    """GPUs of the whole cluster in units: charged + foreign + free = capacity, up to nodes that just left.
+
+    What is idle on cordoned nodes counts as foreign: nobody gets it.
+    """
 
     capacity: int
     charged: int
@@ -48,7 +51,7 @@ class ClassKey:
 class NodeClass:
     """The nodes of one class, by number: `whole[k]` has those with k whole devices free, in ascending order."""
 
-    __slots__ = ("free_units", "key", "partial", "size", "whole")
+    __slots__ = ("cordoned", "free_units", "key", "partial", "size", "whole")
 
     def __init__(self, key: ClassKey) -> None:
         self.key = key
@@ -56,6 +59,8 @@ class NodeClass:
         self.partial: dict[int, list[int]] = {}
         """Free units of a partly used device → nodes that have such a device."""
         self.size = 0
+        self.cordoned = 0
+        """How many of its nodes are cordoned. They count as having nothing free."""
         self.free_units = 0
 
     def copies(self, gpus: int) -> int:
@@ -72,7 +77,9 @@ def matches(gang: Gang, labels: Iterable[tuple[str, str]]) -> bool:
 
 
 def usable(node: Node) -> Devices:
-    """What is free on the node for us: after our own charges and after what strangers hold."""
+    """What is free on the node for us: after our own charges and after what strangers hold; nothing if cordoned."""
+    if node.cordoned:
+        return Devices.none(node.gpu_slots)
     return node.devices.without_foreign(node.foreign_units) if node.foreign_units else node.devices
 
 
@@ -97,9 +104,9 @@ class Capacity:
         self._total = self._charged = self._free = 0
         self.class_version = 0
         """Grows when a class comes or goes."""
-        self._shapes: tuple[NodeShape, ...] | None = None
+        self._shapes: dict[bool, tuple[NodeShape, ...]] = {}
         self.shape_version = 0
-        """Grows when a class comes or goes, or changes its size: what is feasible depends on nothing else."""
+        """Grows when nodes come or go, or are cordoned or not: what is feasible depends on nothing else."""
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -140,16 +147,22 @@ class Capacity:
             self._matching[gang] = found
         return found
 
-    def shapes(self) -> tuple[NodeShape, ...]:
+    def shapes(self, *, with_cordoned: bool = True) -> tuple[NodeShape, ...]:
         """The shapes of the nodes that are up, and how many there are of each."""
-        if self._shapes is None:
+        if with_cordoned not in self._shapes:
             counts: dict[NodeShape, int] = {}
             for node in self._nodes.values():
+                if node.cordoned and not with_cordoned:
+                    continue
                 memory = node.memory_bytes - node.memory_bytes % MEMORY_STEP
                 shape = NodeShape(node.gpu_slots, node.cpu_milli, memory, self._class_of[node.id].key.labels)
                 counts[shape] = counts.get(shape, 0) + 1
-            self._shapes = tuple(replace(shape, most=count) for shape, count in counts.items())
-        return self._shapes
+            self._shapes[with_cordoned] = tuple(replace(shape, most=count) for shape, count in counts.items())
+        return self._shapes[with_cordoned]
+
+    def open_nodes(self) -> int:
+        """How many nodes with GPUs are not cordoned."""
+        return sum(each.size - each.cordoned for key, each in self.classes.items() if key.gpu_slots)
 
     def by_type(self) -> dict[str, int]:
         """GPU units of the nodes that are up, by GPU type ("" where a node has none)."""
@@ -184,8 +197,7 @@ class Capacity:
             self.class_version += 1
             self._matching.clear()
         group.size += 1
-        self.shape_version += 1
-        self._shapes = None
+        self._shapes_changed()
         self._class_of[node.id] = group
         self._nodes[node.id] = node
         self._total += node.gpu_slots * GPU_UNIT
@@ -200,8 +212,7 @@ class Capacity:
         self._index(node, number, group, -1)
         self._total -= node.gpu_slots * GPU_UNIT
         group.size -= 1
-        self.shape_version += 1
-        self._shapes = None
+        self._shapes_changed()
         if not group.size:
             del self.classes[group.key]
             self.class_version += 1
@@ -232,6 +243,15 @@ class Capacity:
     def replace(self, node: Node) -> None:
         """Put another record of a node that is there: same class, other amounts."""
         self._put(node)
+
+    def cordon(self, node_id: str, cordoned: bool) -> None:
+        """Take a node that is there out of what can be given, or put it back."""
+        self._put(replace(self._nodes[node_id], cordoned=cordoned))
+        self._shapes_changed()
+
+    def _shapes_changed(self) -> None:
+        self.shape_version += 1
+        self._shapes = {}
 
     def _move(self, bundle: Bundle, placed: Iterable[PlacedBundle], sign: int) -> None:
         for each in placed:
@@ -278,6 +298,7 @@ class Capacity:
                 if not nodes:
                     del group.partial[part]
         group.free_units += sign * total
+        group.cordoned += sign * node.cordoned
         self._free += sign * total
         self._charged += sign * (node.gpu_slots * GPU_UNIT - node.devices.total_free)
 
@@ -296,7 +317,8 @@ class Capacity:
             assert {part: len(nodes) for part, nodes in group.partial.items()} == {
                 part: len(nodes) for part, nodes in again.partial.items()
             }, f"partial devices of {key}"
-            assert (group.size, group.free_units) == (again.size, again.free_units), f"sizes of {key}"
+            ours = group.size, group.free_units, group.cordoned
+            assert ours == (again.size, again.free_units, again.cordoned), f"sizes of {key}"
 
 
 def copies_in(bundle: Bundle, devices: Devices, cpu_milli: int, memory_bytes: int) -> int:
@@ -325,6 +347,7 @@ def charged(node: Node, bundle: Bundle, slots: tuple[int, ...], sign: int) -> No
         node.foreign_units,
         node.foreign_cpu_milli,
         node.foreign_memory_bytes,
+        node.cordoned,
     )
 
 

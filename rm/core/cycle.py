@@ -725,7 +725,12 @@ class Cycle:
             case Backfill.NONE:
                 return len(self.closed) >= len(classes)
             case Backfill.EASY:
-                return len(self._patient | self.kept.covered()) >= sum(1 for key in classes if key.gpu_slots)
+                covered = self._patient | self.kept.covered()
+                return all(
+                    id(each) in covered
+                    for key, each in classes.items()
+                    if key.gpu_slots and each.cordoned < each.size
+                )
 
     def _transit(self) -> Transit:
         if self._coming is None:
@@ -781,7 +786,7 @@ class Cycle:
         return queue_key(queue, within, self.state)
 
     def feasible(self, job: Job) -> bool:
-        """Whether nodes that are up, were they empty, could hold the job. Remembered until nodes come or go."""
+        """Whether nodes that are up and not cordoned, were they empty, could hold the job. Remembered."""
         key, version = (job.queue, job.gang), self.state.capacity.shape_version
         known = self.notes.feasible.get(key)
         if known is None or known[0] != version:
@@ -789,7 +794,7 @@ class Cycle:
                 self.notes.feasible.clear()
             known = self.notes.feasible[key] = (
                 version,
-                feasible(self.wanted(job), self.state.present_shapes()),
+                feasible(self.wanted(job), self.state.open_shapes()),
             )
         return known[1]
 

@@ -60,13 +60,14 @@ class PlacementReady:
 
 @dataclass(frozen=True, slots=True)
 class ReserveFailed:
-    """The group could not be had. Ends the Reserve effect."""
+    """The group could not be had. Ends the Reserve effect. `node_id`: whose fault it was, where it was a node's."""
 
     durable: ClassVar[bool] = True
     at: float
     job_id: str
     attempt: int
     why: str
+    node_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,14 @@ class RunExited:
 
 @dataclass(frozen=True, slots=True)
 class RunLost:
-    """A runner or its node died, or could not be started. Ends the Run effect."""
+    """A runner or its node died, or could not be started. Ends the Run effect. `node_id`: where, if that is known."""
 
     durable: ClassVar[bool] = True
     at: float
     job_id: str
     attempt: int
     why: str
+    node_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,31 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeCordoned:
+    """Nothing new is placed on the node from now on. The last one counts; `draining`, `deadline`: see `Cordon`."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    by: str = ""
+    reason: str = ""
+    draining: bool = False
+    deadline: float | None = None
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUncordoned:
+    """The node takes jobs again, and what was counted against it is forgotten."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    by: str = ""
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
 class ForeignUseObserved:
     """What work that is not ours holds on a node."""
 
@@ -216,6 +243,8 @@ Event = (
     | PlacementReleased
     | NodeJoined
     | NodeLost
+    | NodeCordoned
+    | NodeUncordoned
     | ForeignUseObserved
     | NodeTypesObserved
 )

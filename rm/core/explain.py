@@ -116,6 +116,14 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
     present, all_shapes = state.present_shapes(), state.node_shapes()
     most = max((shape.gpu_slots for shape in present), default=0)
     evidence = {"needs": str(job.gang), "largest_node_gpus": most, "nodes": len(state.nodes)}
+    if feasible(gang, present):
+        cordoned, units = _cordoned(state.capacity.matching(gang))
+        return Reason(
+            reasons.NODES_CORDONED,
+            f"needs {job.gang}; what is not cordoned could not hold it: {_nodes_are_cordoned(cordoned, units)}",
+            {**evidence, "cordoned_nodes": cordoned, "cordoned_gpus": gpu_count(units)},
+            "it starts when they are uncordoned; `rmctl nodes` says by whom they are cordoned, and why",
+        )
     if feasible(gang, all_shapes):
         return Reason(
             reasons.WAITING_FOR_CAPACITY,
@@ -305,14 +313,20 @@ def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | N
         return _no_host_resources(cycle, gang, classes)
     return Reason(
         reasons.FRAGMENTED,
-        f"{gpus_in_words(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}",
-        _evidence(gang, free, most),
+        f"{gpus_in_words(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}"
+        f"{_and_cordoned(classes)}",
+        _evidence(gang, free, most) | _cordoned_evidence(classes),
         "smaller bundles (more nodes with fewer GPUs each) could start sooner",
     )
 
 
 def _no_host_resources(cycle: Cycle, gang: Gang, classes: Sequence[NodeClass]) -> Reason:
-    nodes = [node for node in cycle.state.nodes.values() if cycle.state.capacity.class_of(node.id) in classes]
+    capacity = cycle.state.capacity
+    nodes = [
+        node
+        for node in cycle.state.nodes.values()
+        if not node.cordoned and capacity.class_of(node.id) in classes
+    ]
     cpus = max((node.cpu_free_milli - node.foreign_cpu_milli for node in nodes), default=0) / 1000
     memory = max((node.memory_free_bytes - node.foreign_memory_bytes for node in nodes), default=0) / 2**30
     free = sum(each.free_units for each in classes)
@@ -353,8 +367,8 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     gang = job.gang.sized(job.gang.minimum)
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free",
-        _evidence(gang, free, _most_free(cycle, classes)),
+        f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free{_and_cordoned(classes)}",
+        _evidence(gang, free, _most_free(cycle, classes)) | _cordoned_evidence(classes),
         "it starts as soon as running jobs release enough",
     )
 
@@ -380,6 +394,27 @@ def _evidence(gang: Gang, free: int, most: int) -> dict[str, Any]:
         "free_gpus": gpu_count(free),
         "free_on_one_node": gpu_count(most),
     }
+
+
+def _cordoned(classes: Sequence[NodeClass]) -> tuple[int, int]:
+    """How many nodes of these classes are cordoned, and the units of their GPUs, in use or not."""
+    count = sum(each.cordoned for each in classes)
+    return count, sum(each.cordoned * each.key.gpu_slots * GPU_UNIT for each in classes)
+
+
+def _cordoned_evidence(classes: Sequence[NodeClass]) -> dict[str, Any]:
+    count, units = _cordoned(classes)
+    return {"cordoned_nodes": count, "cordoned_gpus": gpu_count(units)} if count else {}
+
+
+def _and_cordoned(classes: Sequence[NodeClass]) -> str:
+    count, units = _cordoned(classes)
+    return f"; {_nodes_are_cordoned(count, units)}" if count else ""
+
+
+def _nodes_are_cordoned(count: int, units: int) -> str:
+    nodes, are = ("node", "is") if count == 1 else ("nodes", "are")
+    return f"{count} {nodes} ({gpus_in_words(units)}) {are} cordoned"
 
 
 def _is(units: int) -> str:

@@ -26,7 +26,7 @@ from rm.core.events import (
     RunExited,
     RunStarted,
 )
-from rm.core.model import Job, Outcome, Phase, Status
+from rm.core.model import Cordon, Job, Outcome, Phase, Status
 from rm.core.state import ClusterState
 
 MOST_JOBS = 5_000
@@ -53,6 +53,7 @@ class Twin:
         self._policy = state.policy
         self._jobs = list(state.jobs.values())
         self._nodes = list(state.nodes.values())
+        self._cordons = list(state.cordons.values())
         self._usage = [(owner, usage) for owner, usage in state.books.usage.items()]
         self._predictor, self._remaining = state.predictor, state.remaining
         self._now = now
@@ -80,7 +81,7 @@ class Twin:
 
     def _run(self, job_id: str, median: bool, unknown: set[str]) -> JobAdmitted | None:
         run = _Forward(self._policy_state(), self._now, median, unknown)
-        run.load(self._jobs, self._nodes_joined())
+        run.load(self._jobs, self._nodes_joined(), self._cordons)
         return run.start_of(job_id)
 
     def _policy_state(self) -> ClusterState:
@@ -111,8 +112,8 @@ class _Forward:
         self._unknown = unknown
         self._ends: list[tuple[float, str, int]] = []
 
-    def load(self, jobs: Iterable[Job], nodes: Iterable[Event]) -> None:
-        effects = self._state.restore(jobs)
+    def load(self, jobs: Iterable[Job], nodes: Iterable[Event], cordons: Iterable[Cordon]) -> None:
+        effects = self._state.restore(jobs, cordons=cordons)
         for event in nodes:
             effects += self._state.apply(event)
         self._answer(effects)

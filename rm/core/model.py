@@ -125,10 +125,27 @@ class Node:
     foreign_units: int = 0
     foreign_cpu_milli: int = 0
     foreign_memory_bytes: int = 0
+    cordoned: bool = False
+    """Nothing new is placed here."""
 
     @property
     def gpu_type(self) -> str | None:
         return dict(self.labels).get(GPU_TYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class Cordon:
+    """Why nothing new is placed on a node. `at`: since when. `draining`: what runs there has to go as well.
+
+    `deadline`: when whatever still runs there is stopped; None: its end is waited for, however long that takes.
+    """
+
+    node_id: str
+    at: float
+    by: str = ""
+    reason: str = ""
+    draining: bool = False
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +190,12 @@ class StopCause(StrEnum):
     RELEASED = "released"
     PREEMPTED = "preempted"
     RESIZED = "resized"
+    DRAINED = "drained"
 
     @property
     def comes_back(self) -> bool:
         """Whether the job is queued again when the attempt has ended."""
-        return self in (StopCause.PREEMPTED, StopCause.RESIZED)
+        return self in (StopCause.PREEMPTED, StopCause.RESIZED, StopCause.DRAINED)
 
 
 @dataclass(frozen=True, slots=True)

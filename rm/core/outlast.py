@@ -296,6 +296,8 @@ class Outlast:
 
 def _copies(gang: Gang, node: Node) -> int:
     """How many of the gang's bundles the node would take, were it empty; 0 where a whole gang must fit and does not."""
+    if node.cordoned:
+        return 0
     copies = copies_in(
         gang.bundle,
         Devices.whole(node.gpu_slots),

@@ -123,6 +123,8 @@ class Relief:
             if node_id not in self._capacity or id(self._capacity.class_of(node_id)) not in self._keys:
                 return None
             node = self._capacity[node_id]
+            if node.cordoned:
+                return None
             site = _Site(
                 node.devices,
                 node.cpu_free_milli,

@@ -119,6 +119,10 @@ class Devices:
     def whole(cls, count: int) -> Devices:
         return cls((GPU_UNIT,) * count)
 
+    @classmethod
+    def none(cls, count: int) -> Devices:
+        return cls((0,) * count)
+
     @property
     def total_free(self) -> int:
         return sum(self.free)

@@ -35,9 +35,11 @@ from rm.core.events import (
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
+    NodeCordoned,
     NodeJoined,
     NodeLost,
     NodeTypesObserved,
+    NodeUncordoned,
     PlacementReady,
     PlacementReleased,
     PolicyChanged,
@@ -49,8 +51,10 @@ from rm.core.events import (
 )
 from rm.core.fairshare import Usage
 from rm.core.gittins import Remaining
+from rm.core.health import BY, Failure, Health
 from rm.core.model import (
     Attempt,
+    Cordon,
     Job,
     Kind,
     Node,
@@ -82,6 +86,9 @@ class ClusterState:
         self.jobs: dict[str, Job] = {}
         self.capacity = Capacity()
         self.launchable: tuple[NodeShape, ...] = ()
+        self.cordons: dict[str, Cordon] = {}
+        """By node id, whether the node is there or not: one that comes back is still cordoned."""
+        self.health = Health()
         self.predictor = Predictor()
         self.remaining = Remaining()
         self.learns = True
@@ -97,6 +104,7 @@ class ClusterState:
         self._now = 0.0
         self._changed: dict[str, Job] = {}
         self._usage_changed: set[Owner] = set()
+        self._cordons_changed: set[str] = set()
         self._story: dict[str, list[tuple[float, type]]] = {}
 
     # --- reading -----------------------------------------------------------------------------------------
@@ -116,20 +124,60 @@ class ClusterState:
         """The shapes of the nodes that are up, and how many there are of each."""
         return self.capacity.shapes()
 
-    def due(self, now: float) -> list[StopRequested]:
-        """The stops that time itself asks for. Called by the writer before each cycle."""
-        return [
+    def open_shapes(self) -> tuple[NodeShape, ...]:
+        """The same without nodes that are cordoned."""
+        return self.capacity.shapes(with_cordoned=False)
+
+    def due(self, now: float) -> list[StopRequested | NodeCordoned]:
+        """What follows from the state and the time alone. Called before each cycle, after what has happened.
+
+        Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often.
+        """
+        events: list[StopRequested | NodeCordoned] = [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
             for _, job_id in self.books.deadlines[: self._due_until(now)]
         ]
+        events += self._drains_due(now)
+        events += self._failing(now)
+        return events
+
+    def _drains_due(self, now: float) -> Iterable[StopRequested]:
+        overdue = [each for each in self._draining() if each.deadline is not None and each.deadline <= now]
+        stops: dict[str, str] = {}
+        for cordon in overdue:
+            for job_id in sorted(self.books.charged_on.get(cordon.node_id, ())):
+                attempt = self.jobs[job_id].attempt
+                assert attempt is not None
+                if attempt.stop is None and attempt.phase is not Phase.RELEASING:
+                    stops.setdefault(job_id, self._named(cordon.node_id))
+        return [StopRequested(now, job_id, StopCause.DRAINED, by) for job_id, by in stops.items()]
+
+    def _draining(self) -> list[Cordon]:
+        return [each for each in self.cordons.values() if each.draining]
+
+    def _named(self, node_id: str) -> str:
+        # With a word before it: by itself a node's name could be taken for a job's id.
+        return f"node {self.capacity[node_id].name if node_id in self.capacity else node_id[:8]}"
+
+    def _failing(self, now: float) -> Iterable[NodeCordoned]:
+        left = None
+        for node_id, why in self.health.failing(self.policy, now):
+            if node_id not in self.capacity or node_id in self.cordons:
+                continue
+            # The last node may be broken, or all of them: either way somebody has to look, and jobs that fail say so.
+            left = (self.capacity.open_nodes() if left is None else left) - 1
+            if left < 1:
+                return
+            yield NodeCordoned(now, node_id, BY, why)
 
     def next_due(self, now: float) -> float | None:
-        """The next moment at which time alone changes something: a time limit, the end of a pause, an age.
+        """The next moment at which time alone changes something: a time limit, the end of a pause, an age, a drain.
 
         A pause that is over but whose job still waits for capacity needs no clock: `now` leaves those out.
         """
         moments = [moment for moment, _ in self.books.deadlines[self._due_until(now) :][:1]]
-        for moment in (self.pending.next_moment(), self.wake_at):
+        drains = [each.deadline for each in self._draining() if each.node_id in self.books.charged_on]
+        for moment in (self.pending.next_moment(), self.wake_at, *drains):
             if moment is not None and moment > now:
                 moments.append(moment)
         return min(moments, default=None)
@@ -149,6 +197,12 @@ class ClusterState:
         self._usage_changed = set()
         return changed
 
+    def take_cordons(self) -> dict[str, Cordon | None]:
+        """By node id, the cordons that changed since the last call, for the ledger; None where one was lifted."""
+        changed = {node_id: self.cordons.get(node_id) for node_id in sorted(self._cordons_changed)}
+        self._cordons_changed = set()
+        return changed
+
     # --- changing ----------------------------------------------------------------------------------------
 
     def apply(self, event: Event) -> list[Effect]:
@@ -164,7 +218,11 @@ class ClusterState:
         return effects
 
     def restore(
-        self, jobs: Iterable[Job], usage: Iterable[tuple[Owner, Usage]] = (), ended: Iterable[Job] = ()
+        self,
+        jobs: Iterable[Job],
+        usage: Iterable[tuple[Owner, Usage]] = (),
+        ended: Iterable[Job] = (),
+        cordons: Iterable[Cordon] = (),
     ) -> list[Effect]:
         """Load live jobs from the ledger into an empty state; returns the effects that were under way.
 
@@ -173,6 +231,7 @@ class ClusterState:
         """
         if self.jobs:
             raise InternalError("restore() needs an empty state")
+        self.cordons = {each.node_id: each for each in cordons}
         for job in ended:
             # Of a job that ran more than once the record does not tell how long it waited in between.
             whole = job.attempts == 1 and not (job.outcome is not None and job.outcome.infra)
@@ -232,6 +291,7 @@ class ClusterState:
         if live is None:
             return []
         job, attempt = live
+        self._note_failure(job, attempt, event.node_id, event.why)
         # Somebody else was quicker, or the node is gone: nobody's fault, so it costs no retry.
         return self._end_attempt(job, attempt, Outcome(Status.QUEUED, event.why))
 
@@ -255,13 +315,18 @@ class ClusterState:
 
     def _exited(self, event: RunExited) -> list[Effect]:
         live = self._live(event, Phase.STARTING, Phase.RUNNING)
-        return self._end_attempt(*live, event.outcome) if live else []
+        if live is None:
+            return []
+        if event.outcome.infra:
+            self._note_failure(*live, event.outcome.node_id, event.outcome.message)
+        return self._end_attempt(*live, event.outcome)
 
     def _lost(self, event: RunLost) -> list[Effect]:
         live = self._live(event, Phase.STARTING, Phase.RUNNING)
         if live is None:
             return []
-        return self._end_attempt(*live, Outcome(Status.FAILED, event.why, infra=True))
+        self._note_failure(*live, event.node_id, event.why)
+        return self._end_attempt(*live, Outcome(Status.FAILED, event.why, node_id=event.node_id, infra=True))
 
     def _stop_requested(self, event: StopRequested) -> list[Effect]:
         job = self.jobs.get(event.job_id)
@@ -339,6 +404,7 @@ class ClusterState:
             event.memory_bytes,
             event.memory_bytes,
             event.labels,
+            cordoned=event.node_id in self.cordons,
         )
         for job_id in sorted(self.books.charged_on.get(node.id, ())):
             job = self.jobs[job_id]
@@ -353,6 +419,7 @@ class ClusterState:
     def _node_lost(self, event: NodeLost) -> list[Effect]:
         if self.capacity.leave(event.node_id) is None:
             return []
+        self.health.forget(event.node_id)
         self._nodes_changed()
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
@@ -366,6 +433,28 @@ class ClusterState:
                 lost = Outcome(Status.FAILED, "a node of the lease died", node_id=event.node_id, infra=True)
                 effects += self._end_attempt(job, job.attempt, lost)
         return effects
+
+    def _cordoned(self, event: NodeCordoned) -> list[Effect]:
+        old = self.cordons.get(event.node_id)
+        since = event.at if old is None else old.at
+        new = Cordon(event.node_id, since, event.by, event.reason, event.draining, event.deadline)
+        if new != old:
+            self.cordons[event.node_id] = new
+            self._cordon_changed(event.node_id)
+        return []
+
+    def _uncordoned(self, event: NodeUncordoned) -> list[Effect]:
+        self.health.forget(event.node_id)
+        if self.cordons.pop(event.node_id, None) is not None:
+            self._cordon_changed(event.node_id)
+        return []
+
+    def _cordon_changed(self, node_id: str) -> None:
+        self._cordons_changed.add(node_id)
+        if node_id in self.capacity:
+            self.capacity.cordon(node_id, node_id in self.cordons)
+        self.books.moves += 1
+        self.version += 1
 
     def _foreign(self, event: ForeignUseObserved) -> list[Effect]:
         if event.node_id in self.capacity:
@@ -413,6 +502,11 @@ class ClusterState:
                 return None  # said before: effects are carried out again after a restart
             raise self._invalid(job, event)
         return job, job.attempt
+
+    def _note_failure(self, job: Job, attempt: Attempt, node_id: str | None, why: str) -> None:
+        """A node did this to the attempt. What was told to stop may well be gone for that."""
+        if node_id is not None and attempt.stop is None and node_id in self.capacity:
+            self.health.note(node_id, Failure(self._now, job.id, attempt.number, why))
 
     def _end_attempt(self, job: Job, attempt: Attempt, outcome: Outcome) -> list[Effect]:
         ended = replace(attempt, phase=Phase.RELEASING, outcome=outcome)
@@ -519,6 +613,8 @@ class ClusterState:
     def check(self) -> None:
         """Every invariant of this module, recomputed from scratch. Raises InternalError. Run in tests."""
         self.capacity.check()
+        cordoned = {node.id for node in self.nodes.values() if node.cordoned}
+        _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
         nodes = {
             node.id: replace(
                 node,
@@ -593,6 +689,8 @@ _STOPPED: dict[StopCause, tuple[Status, str]] = {
 def _evicted(attempt: Attempt) -> str:
     if attempt.stop is StopCause.RESIZED:
         return f"stopped to go on with fewer GPUs: {attempt.stop_by} comes first"
+    if attempt.stop is StopCause.DRAINED:
+        return f"stopped to go on elsewhere: {attempt.stop_by} is drained"
     return f"evicted for {attempt.stop_by}"
 
 
@@ -643,6 +741,8 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     PlacementReleased: ClusterState._released,
     NodeJoined: ClusterState._node_joined,
     NodeLost: ClusterState._node_lost,
+    NodeCordoned: ClusterState._cordoned,
+    NodeUncordoned: ClusterState._uncordoned,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
 }

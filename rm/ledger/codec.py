@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from rm.core.events import Event, JobSubmitted
-from rm.core.model import Job
+from rm.core.model import Cordon, Job
 from rm.ledger.rows import AppliedPolicy
 from rm.spec import JobSpec
 
@@ -85,6 +85,15 @@ def encode_policy(applied: AppliedPolicy) -> str:
 def decode_policy(text: str) -> AppliedPolicy:
     """Raises ValueError (pydantic's) for text that is no policy."""
     return _decode(_POLICY, text)
+
+
+def encode_cordon(cordon: Cordon) -> str:
+    return _encode(cordon)
+
+
+def decode_cordon(text: str) -> Cordon:
+    """Raises ValueError (pydantic's) for text that is no cordon."""
+    return _decode(_CORDON, text)
 
 
 def encode_event(event: Event) -> str:
@@ -151,6 +160,7 @@ def _decode(adapter: TypeAdapter[Record], text: str) -> Record:
 
 _JOB = TypeAdapter(Job)
 _POLICY = TypeAdapter(AppliedPolicy)
+_CORDON = TypeAdapter(Cordon)
 
 
 @cache

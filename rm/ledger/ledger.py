@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Select, bindparam, func, select, text, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, select, text, update
 
 from rm.core.books import Owner
 from rm.core.fairshare import Usage
@@ -27,7 +27,7 @@ from rm.ledger import codec
 from rm.ledger.database import Database, parse_url
 from rm.ledger.rows import Accepted, AppliedPolicy, Batch, EventRow, JobRow, Loaded
 from rm.ledger.schema import read_key
-from rm.ledger.tables import events, jobs, meta, usage
+from rm.ledger.tables import cordons, events, jobs, meta, usage
 from rm.spec import JobSpec
 from rm.views import EventView
 
@@ -90,12 +90,14 @@ class Ledger:
             used = connection.execute(select(usage)).all()
             policy = connection.execute(_POLICY_ROW).scalar()
             number = next_seq(connection)
+            cordoned = connection.execute(select(cordons).order_by(cordons.c.node_id)).all()
         return Loaded(
             [_job(row) for row in rows],
             number,
             [((codec.uncolumn(each.queue), codec.uncolumn(each.owner)), _usage(each)) for each in used],
             sorted((_job(row) for row in ended_rows), key=lambda job: job.ended_at or 0.0),
             None if policy is None else _decoded("the policy", codec.decode_policy, policy),
+            [_decoded(f"node {each.node_id}", codec.decode_cordon, each.record) for each in cordoned],
         )
 
     def commit(self, batch: Batch) -> None:
@@ -106,7 +108,7 @@ class Ledger:
         moved = [{"of": codec.column(job.id), **_record_fields(job)} for job in changed.values()]
         happened = [_event_fields(row) for row in batch.events]
         used = [_usage_fields(*each) for each in batch.usage]
-        if not (added or moved or happened or used or batch.policy):
+        if not (added or moved or happened or used or batch.policy or batch.cordons):
             return
         with self._database.transaction() as connection:
             if added:
@@ -122,6 +124,11 @@ class Ledger:
                 connection.execute(events.insert(), happened)
             if used:
                 connection.execute(_USED, used)
+            for node_id, cordon in batch.cordons.items():
+                connection.execute(_LIFT.where(cordons.c.node_id == codec.column(node_id)))
+                if cordon is not None:
+                    row = {"node_id": codec.column(node_id), "record": codec.encode_cordon(cordon)}
+                    connection.execute(cordons.insert(), row)
             if batch.policy is not None:
                 row = {"name": POLICY, "value": codec.encode_policy(batch.policy)}
                 connection.execute(_SET_META, row)
@@ -219,6 +226,7 @@ def next_seq(connection: Connection) -> int:
 
 
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
+_LIFT = delete(cordons)
 _MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
 _POLICY_ROW = select(meta.c.value).where(meta.c.name == POLICY)
 _USED = text(

@@ -8,7 +8,7 @@ from rm.core.books import Owner
 from rm.core.capacity import Totals
 from rm.core.events import Event
 from rm.core.fairshare import Usage
-from rm.core.model import Job
+from rm.core.model import Cordon, Job
 from rm.core.policy import Policy
 from rm.spec import JobSpec
 
@@ -46,7 +46,8 @@ class Batch:
     """Everything that one turn of the writer decided: committed as a whole or not at all.
 
     `changed` holds last records. A job that is accepted and changed in one batch may stand in both. `usage`: the
-    owners' averages that changed. `policy`: the rules, where the batch changed them.
+    owners' averages that changed. `policy`: the rules, where the batch changed them. `cordons`: by node id those that
+    changed, None where one was lifted.
     """
 
     accepted: list[Accepted] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Batch:
     changed: list[Job] = field(default_factory=list)
     usage: list[tuple[Owner, Usage]] = field(default_factory=list)
     policy: AppliedPolicy | None = None
+    cordons: dict[str, Cordon | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Loaded:
     usage: list[tuple[Owner, Usage]] = field(default_factory=list)
     ended: list[Job] = field(default_factory=list)
     policy: AppliedPolicy | None = None
+    cordons: list[Cordon] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

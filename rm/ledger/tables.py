@@ -59,6 +59,14 @@ usage = Table(
 )
 """GPU units that an owner held in a queue, averaged over time, as of `at`."""
 
+cordons = Table(
+    "cordons",
+    metadata,
+    Column("node_id", Text, primary_key=True),
+    Column("record", Text, nullable=False),
+)
+"""Nodes that get nothing new, by Ray's id of them."""
+
 events = Table(
     "events",
     metadata,

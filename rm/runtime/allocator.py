@@ -22,9 +22,9 @@ import ray
 
 import rm
 from rm.core.cycle import why_each
-from rm.core.events import CheckpointReported, HoldChanged, StopRequested
+from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
 from rm.core.forecast import Twin
-from rm.core.model import TERMINAL, Job, Kind, Status, StopCause, attempt_key
+from rm.core.model import TERMINAL, Job, Kind, Node, Status, StopCause, attempt_key
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
 from rm.errors import (
@@ -40,6 +40,7 @@ from rm.runtime.audit import Audit
 from rm.runtime.drafts import Dependencies, draft
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
+from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
@@ -359,13 +360,16 @@ class Allocator:
     async def nodes(self) -> list[NodeView]:
         """Every node with what is charged, foreign and free on it."""
         await self._up()
-        view = self._writer.view()
+        return self._node_views(self._writer.view().nodes.values())
+
+    def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
+        view, cordons = self._writer.view(), self._writer.state.cordons
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
             for node_id in {each.node_id for each in job.attempt.placed} if job.attempt else ():
                 on.setdefault(node_id, []).append(job.id)
-        nodes = sorted(view.nodes.values(), key=lambda node: (-node.gpu_slots, node.name, node.id))
-        return [node_view(node, tuple(sorted(on.get(node.id, ())))) for node in nodes]
+        listed = sorted(nodes, key=lambda node: (-node.gpu_slots, node.name, node.id))
+        return [node_view(node, tuple(sorted(on.get(node.id, ()))), cordons.get(node.id)) for node in listed]
 
     async def lease(self, job_id: str) -> dict[str, Any]:
         """What the holder of a running lease needs for its own Ray work: the group and its bundles."""
@@ -420,6 +424,40 @@ class Allocator:
         await self._up()
         state = self._writer.state
         return queue_views(state.policy, state.books.quota, state.jobs.values(), state.capacity.by_type())
+
+    async def cordon(
+        self,
+        nodes: list[str],
+        by: str,
+        reason: str = "",
+        *,
+        drain: bool = False,
+        deadline_s: float | None = None,
+    ) -> list[NodeView]:
+        """Place nothing new on these nodes; with `drain` empty them, by force after `deadline_s`. Raises UnknownNode.
+
+        Durable when this returns, and all or none. What was said of a node before is replaced.
+        """
+        await self._up()
+        chosen = named(nodes, self._writer.view().nodes)
+        now = time.time()
+        deadline = None if deadline_s is None else now + deadline_s
+        await self._writer.request_all(
+            [NodeCordoned(now, node.id, by, reason, drain, deadline) for node in chosen]
+        )
+        return self._still_there(chosen)
+
+    async def uncordon(self, nodes: list[str], by: str) -> list[NodeView]:
+        """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode."""
+        await self._up()
+        chosen = named(nodes, self._writer.view().nodes)
+        now = time.time()
+        await self._writer.request_all([NodeUncordoned(now, node.id, by) for node in chosen])
+        return self._still_there(chosen)
+
+    def _still_there(self, nodes: Iterable[Node]) -> list[NodeView]:
+        now = self._writer.view().nodes
+        return self._node_views(now[node.id] for node in nodes if node.id in now)
 
     async def forecast(self, job_id: str) -> dict[str, Any]:
         """When a queued job will start: `p50_s`, `p90_s` from now (None without a basis), and `basis`."""

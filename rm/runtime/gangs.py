@@ -15,8 +15,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RuntimeEnvSetupError
 
@@ -47,6 +47,7 @@ STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
 
 _Key = tuple[str, int]
+Answer = TypeVar("Answer")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -126,7 +127,8 @@ class Gangs:
     async def _reserve(self, effect: Reserve) -> None:
         attempt = attempt_key(effect.job_id, effect.attempt)
         stop = self._stopping((effect.job_id, effect.attempt))
-        making = asyncio.create_task(self._make_group(effect, attempt))
+        blamed: list[str] = []
+        making = asyncio.create_task(self._make_group(effect, attempt, blamed))
         stopped = asyncio.create_task(stop.asked.wait())
         await asyncio.wait([making, stopped], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -143,22 +145,33 @@ class Gangs:
             self._post(PlacementReady(now, effect.job_id, effect.attempt))
         else:
             self._claims.pop(attempt, None)
-            self._post(ReserveFailed(now, effect.job_id, effect.attempt, failure))
+            node_id = blamed[0] if blamed else None
+            self._post(ReserveFailed(now, effect.job_id, effect.attempt, failure, node_id))
 
-    async def _make_group(self, effect: Reserve, attempt: str) -> str | None:
-        """Make the group when its capacity is visible. Returns what went wrong, or None."""
+    async def _make_group(self, effect: Reserve, attempt: str, blamed: list[str]) -> str | None:
+        """Make the group when its capacity is visible. Returns what went wrong, or None.
+
+        `blamed` gets the node whose fault it was: the only one, whose GPUs stayed free all the same.
+        """
         timeout_s = self._config.reserve_timeout_s
-        if self._placements.group_id(attempt) is None:
-            need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
-            # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
-            if not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
-                return self._why_not(need)
+        need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
+        made = self._placements.group_id(attempt) is not None
+        # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
+        if not made and not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
+            return self._why_not(need)
         group = await self._placements.create(attempt, effect.gang, effect.placed)
         if attempt in self._claims:
             self._claims[attempt] = (group.id.hex(), self._claims[attempt][1])
         if not await self._placements.ready(attempt, timeout_s):
+            if len(need) == 1 and all(self._shows_free(*each) for each in need.items()):
+                blamed += need
+                return f"its placement group was not ready within {timeout_s:g} s though its GPUs are free"
             return f"its placement group was not ready within {timeout_s:g} s: the GPUs went to somebody else"
         return None
+
+    def _shows_free(self, node_id: str, units: int) -> bool:
+        node = self._watch.seen.nodes.get(node_id)
+        return node is not None and node.free_gpu_units >= units
 
     def _claim(self, seen: Seen, attempt: str, need: dict[str, int]) -> bool:
         """Claim `need` if Ray shows it free beyond what is claimed by groups that Ray doesn't show yet."""
@@ -209,7 +222,9 @@ class Gangs:
             failure = Outcome(Status.FAILED, f"runtime_env could not be set up: {_last_words(error)}")
             event = RunExited(self._clock(), *key, failure)
         except RayError as error:
-            event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}")
+            event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
+        except TimeoutError as error:
+            event = RunLost(self._clock(), *key, str(error), run.silent_on())
         except Exception as error:
             log.exception("the run of %s.%d broke", *key)
             event = RunLost(self._clock(), *key, f"the run could not be followed: {error!r}")
@@ -261,6 +276,29 @@ class _GangRun:
         self._stop = stop
         self._attempt = attempt_key(effect.job_id, effect.attempt)
         self._handles: list[Any] = []
+        self._seated: set[int] = set()
+        self.failed_on: str | None = None
+        """The node of the first runner that was lost."""
+
+    def silent_on(self) -> str | None:
+        """The node of the first runner that has not said where it sits."""
+        silent = (bundle for bundle in range(len(self._handles)) if bundle not in self._seated)
+        return next((self._effect.placed[bundle].node_id for bundle in silent), None)
+
+    async def _asked(self, bundle: int, answer: Awaitable[Answer]) -> Answer:
+        """What the bundle's runner answers. Where it is lost instead, its node is remembered."""
+        try:
+            return await answer
+        except RuntimeEnvSetupError:
+            raise
+        except RayError:
+            self.failed_on = self.failed_on or self._effect.placed[bundle].node_id
+            raise
+
+    async def _seat(self, bundle: int) -> Seat:
+        seat: Seat = await self._asked(bundle, self._handles[bundle].seat.remote())
+        self._seated.add(bundle)
+        return seat
 
     async def to_the_end(self) -> RunExited | RunLost:
         gangs, effect = self._gangs, self._effect
@@ -273,7 +311,9 @@ class _GangRun:
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
         self._handles = await gangs._runners.start(self._attempt, effect.gang, group, spec.runtime_env)
-        seats = await self._unless_stopped(asyncio.gather(*(each.seat.remote() for each in self._handles)))
+        seats = await self._unless_stopped(
+            asyncio.gather(*(self._seat(bundle) for bundle in range(len(self._handles))))
+        )
         if seats is None:
             stopped = Outcome(Status.CANCELLED, "stopped while its runners started")
             return RunExited(clock(), effect.job_id, effect.attempt, stopped)
@@ -310,8 +350,8 @@ class _GangRun:
     async def _follow(self, orders: list[RunOrder], seats: list[Seat]) -> list[RunResult]:
         """Start every bundle, say when all run, and stop the whole gang when one fails or a stop is asked."""
         runs = [
-            asyncio.ensure_future(handle.run.remote(order))
-            for handle, order in zip(self._handles, orders, strict=True)
+            asyncio.ensure_future(self._asked(bundle, handle.run.remote(order)))
+            for bundle, (handle, order) in enumerate(zip(self._handles, orders, strict=True))
         ]
         told = asyncio.create_task(self._tell_started(seats))
         stopper = asyncio.create_task(self._stop_when_asked(runs))
@@ -340,7 +380,7 @@ class _GangRun:
         node = self._gangs._watch.seen.nodes.get(seat.node_id)
         return node.name if node else seat.address
 
-    async def _stop_when_asked(self, runs: list[asyncio.Future[RunResult]]) -> None:
+    async def _stop_when_asked(self, runs: Sequence[asyncio.Future[RunResult]]) -> None:
         await self._stop.asked.wait()
         grace_s = self._stop.grace_s
         calls = [handle.stop.remote(grace_s) for handle in self._handles]

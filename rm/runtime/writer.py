@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -217,6 +217,7 @@ class Writer:
         """Apply, schedule, commit, act. True where the commit failed."""
         rows, effects, refused = self._decide(inbox)
         changed, usage = self.state.take_changes(), self.state.take_usage()
+        cordons = self.state.take_cordons()
         policies = [
             each.policy
             for each in inbox
@@ -228,8 +229,8 @@ class Writer:
             for each in inbox
             if isinstance(each, _Request) and each.accepted and each not in refused
         ]
-        if rows or changed or usage or policy:
-            batch = Batch(accepted, rows, changed, usage, policy)
+        if rows or changed or usage or policy or cordons:
+            batch = Batch(accepted, rows, changed, usage, policy, cordons)
             try:
                 await asyncio.to_thread(self._ledger.commit, batch)
             except LedgerUnavailable as error:
@@ -257,7 +258,7 @@ class Writer:
         # Submissions first: what they wait for is still as it was when they were checked.
         new = [each for each in inbox if isinstance(each, _Request) and each.accepted]
         told = [each for each in inbox if not (isinstance(each, _Request) and each.accepted)]
-        for each in [*new, *told, *self.state.due(now)]:
+        for each in self._and_what_follows([*new, *told], now):
             event = each.event if isinstance(each, _Request) else each
             try:
                 self._require_known(event)
@@ -273,6 +274,11 @@ class Writer:
         if self._check:
             self.state.check()
         return rows, effects, refused
+
+    def _and_what_follows(self, inbox: list[Event | _Request], now: float) -> Iterator[Event | _Request]:
+        """The inbox, and when all of it has been applied, what is due then."""
+        yield from inbox
+        yield from self.state.due(now)
 
     def _require_known(self, event: Event) -> None:
         """A job must not wait for one that nobody will ever report: the state may have been read anew meanwhile."""
@@ -333,7 +339,7 @@ class Writer:
         """A new state from the ledger; returns the effects that were under way."""
         self.policy = loaded.policy or AppliedPolicy(Policy())
         self.state = ClusterState(self.policy.policy)
-        return self.state.restore(loaded.jobs, loaded.usage, loaded.ended)
+        return self.state.restore(loaded.jobs, loaded.usage, loaded.ended, loaded.cordons)
 
     def _read_again(self) -> tuple[Loaded, list[Job]]:
         """What lives by the ledger, and what has ended there without our having been told that it was committed."""

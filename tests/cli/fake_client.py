@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rm.client import Client
-from rm.errors import UnknownJob
+from rm.errors import UnknownJob, UnknownNode
 from rm.spec import JobSpec
 from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
@@ -74,6 +74,8 @@ class FakeClient(Client):
         """The answers to `audit`, in order."""
         self.audits_asked: list[bool] = []
         """`look` of each time that an audit was asked for."""
+        self.cordoned: list[tuple[list[str], str, bool, float | None]] = []
+        """Nodes, reason, whether to drain and the deadline of each cordon that was asked for."""
         self.reasons: dict[str, dict[str, Any]] = {}
         self.output: dict[tuple[int, str], bytes] = {}
         self.submitted: list[JobSpec] = []
@@ -139,6 +141,39 @@ class FakeClient(Client):
     def on_audit(self, *, look: bool) -> AuditView:
         self.audits_asked.append(look)
         return self.audits.pop(0)
+
+    def on_cordon(
+        self,
+        nodes: list[str],
+        by: str,
+        reason: str = "",
+        *,
+        drain: bool = False,
+        deadline_s: float | None = None,
+    ) -> list[NodeView]:
+        deadline = None if deadline_s is None else 1_700_000_000.0 + deadline_s
+        cordon = {"by": by, "reason": reason, "at": 1_700_000_000.0, "deadline": deadline}
+        found = self._named(nodes)
+        self.cordoned.append((nodes, reason, drain, deadline_s))
+        for each in found:
+            status = ("draining" if each.jobs else "drained") if drain else "cordoned"
+            self._put(replace(each, status=status, free_gpus=0, cordon=cordon))
+        return self._named(nodes)
+
+    def on_uncordon(self, nodes: list[str], by: str) -> list[NodeView]:
+        for each in self._named(nodes):
+            self._put(replace(each, status="ready", cordon=None))
+        return self._named(nodes)
+
+    def _named(self, nodes: list[str]) -> list[NodeView]:
+        there = {each.name: each for each in self.node_views}
+        for name in nodes:
+            if name not in there:
+                raise UnknownNode(f"there is no node {name!r}; there are {', '.join(there)}", field="node")
+        return [there[name] for name in nodes]
+
+    def _put(self, view: NodeView) -> None:
+        self.node_views = [view if each.id == view.id else each for each in self.node_views]
 
     def on_events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
         found = [each for each in self.event_views if each.seq > after and job_id in (None, each.job_id)]

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from rm.core.events import PolicyChanged
 from rm.core.fairshare import Usage
-from rm.core.model import Phase, Status
+from rm.core.model import Cordon, Phase, Status
 from rm.core.policy import Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
@@ -151,6 +151,19 @@ def test_the_rules_in_force_are_the_last_that_were_applied(opened: Open, url: st
     assert again.policy() == again.load().policy == applied
     assert again.events()[-1].body["policy"]["queues"]["lab/a"]["weight"] == 2.5
     assert again.key == ledger.key
+
+
+def test_cordons_are_kept_until_they_are_lifted(opened: Open, url: str) -> None:
+    ledger = opened(url)
+    odd = Cordon("n\0\udc80", 1.0, "ada\ud800", "why\0", True, 2.0)
+    first = Cordon("n1", 5.0, "ada", "a fan is loud")
+    ledger.commit(Batch(cordons={"n1": first, odd.node_id: odd, "n2": Cordon("n2", 6.0)}))
+    ledger.commit(Batch(cordons={"n1": replace(first, draining=True), "n2": None, "n3": None}))
+    ledger.close()
+    assert {each.node_id: each for each in opened(url).load().cordons} == {
+        "n1": replace(first, draining=True),
+        odd.node_id: odd,
+    }
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,8 +12,9 @@ from alembic.migration import MigrationContext
 from ledger_batches import submission
 from sqlalchemy import inspect, text
 
+from rm.core.model import Cordon
 from rm.errors import LedgerUnavailable
-from rm.ledger import Ledger, schema
+from rm.ledger import Batch, Ledger, schema
 from rm.ledger.tables import metadata
 
 Open = Callable[[str], Ledger]
@@ -22,8 +23,8 @@ REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0004"
+down_revision = "0003"
 
 def upgrade():
     op.add_column("jobs", sa.Column("colour", sa.Text, nullable=False, server_default="grey"))
@@ -44,7 +45,7 @@ def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     def add(then: str) -> None:
         copy = tmp_path / f"migrations-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(schema.MIGRATIONS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "versions" / "r0003_colour.py").write_text(REVISION.format(then=then))
+        (copy / "versions" / "r0004_colour.py").write_text(REVISION.format(then=then))
         monkeypatch.setattr(schema, "MIGRATIONS", copy)
 
     return add
@@ -83,6 +84,26 @@ def test_an_older_ledger_is_brought_up_with_all_it_holds(
     with upgraded._database.reading() as connection:
         colours = connection.execute(text("SELECT colour FROM jobs ORDER BY seq")).scalars()
         assert list(colours) == ["grey", "red"]
+
+
+def test_a_ledger_from_before_cordons_takes_them(
+    opened: Open, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = schema.MIGRATIONS
+    older = tmp_path / "older"
+    shutil.copytree(released, older, ignore=shutil.ignore_patterns("__pycache__", "r0003_*"))
+    monkeypatch.setattr(schema, "MIGRATIONS", older)
+    before = opened(url)
+    before.commit(submission(1))
+    with before._database.reading() as connection:
+        assert not inspect(connection).has_table("cordons")
+    before.close()
+    monkeypatch.setattr(schema, "MIGRATIONS", released)
+    ledger = opened(url)
+    assert ledger.load().cordons == []
+    ledger.commit(Batch(cordons={"n1": Cordon("n1", 5.0, "ada", "a fan is loud", True, 65.0)}))
+    assert [job.id for job in ledger.load().jobs] == ["j1"]
+    assert [each.reason for each in ledger.load().cordons] == ["a fan is loud"]
 
 
 def test_an_upgrade_that_fails_changes_nothing(
@@ -124,7 +145,7 @@ def test_a_database_of_somebody_else_is_left_alone(opened: Open, url: str, their
     ledger = opened(url)
     run(
         ledger,
-        *(f"DROP TABLE {name}" for name in ("meta", "alembic_version", "jobs", "events", "usage")),
+        *(f"DROP TABLE {name}" for name in ("meta", "alembic_version", "jobs", "events", "usage", "cordons")),
         *theirs,
     )
     with ledger._database.reading() as connection:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.cycle import schedule
+from rm.core.events import JobAdmitted, NodeCordoned, NodeUncordoned
 from rm.core.model import Strategy
 from rm.core.resources import GPU_UNIT, Devices, gpu_units
 from rm.core.state import ClusterState
@@ -25,6 +26,8 @@ ACTIONS = st.lists(
         st.tuples(st.just("step"), st.integers(1, 10)),
         st.tuples(st.just("lose"), st.integers(0, 3)),
         st.tuples(st.just("join"), st.integers(1, 8)),
+        st.tuples(st.just("cordon"), st.integers(0, 3), st.booleans(), st.sampled_from([None, 0.0, 3.0])),
+        st.tuples(st.just("uncordon"), st.integers(0, 3)),
     ),
     min_size=1,
     max_size=40,
@@ -55,6 +58,14 @@ def play(fake: FakeCluster, actions: list[tuple]) -> None:
         elif kind == "lose" and fake.state.nodes:
             ids = sorted(fake.state.nodes)
             fake.lose_node(ids[rest[0] % len(ids)])
+        elif kind == "cordon" and fake.state.nodes:
+            ids = sorted(fake.state.nodes)
+            node, draining, delay = rest
+            deadline = fake.now + delay if draining and delay is not None else None
+            fake.cordon(ids[node % len(ids)], draining=draining, deadline=deadline)
+        elif kind == "uncordon" and fake.state.nodes:
+            ids = sorted(fake.state.nodes)
+            fake.uncordon(ids[rest[0] % len(ids)])
         elif kind == "join":
             joined += 1
             fake.add_node(f"x{joined}", rest[0])
@@ -72,12 +83,37 @@ def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: l
     fake.add_node("big2", 8)
     fake.add_node("big3", 8)
     fake.run()
+    for node_id in sorted(fake.state.nodes):
+        fake.uncordon(node_id)
+    fake.run()
     assert fake.state.totals().charged == 0
     assert not fake.held
     left = {job.id: str(job.gang) + job.gang.strategy for job in fake.state.jobs.values()}
     assert all(job.attempt is None for job in fake.state.jobs.values())
     # What is still queued could not be held by any mix of the nodes, else it would have run.
     assert all("STRICT_PACK" in shape or "STRICT_SPREAD" in shape for shape in left.values()), left
+
+
+@settings(max_examples=200, deadline=None)
+@given(ACTIONS)
+def test_nothing_starts_on_a_cordoned_node_and_nothing_stays_on_a_drained_one(actions: list[tuple]) -> None:
+    fake = FakeCluster()
+    fake.add_node("n0", 4)
+    fake.add_node("n1", 8)
+    play(fake, actions)
+    cordoned: set[str] = set()
+    for event in fake.history:
+        match event:
+            case NodeCordoned():
+                cordoned.add(event.node_id)
+            case NodeUncordoned():
+                cordoned.discard(event.node_id)
+            case JobAdmitted():
+                assert cordoned.isdisjoint(each.node_id for each in event.placed)
+    assert fake.state.cordons.keys() == cordoned
+    fake.run()
+    overdue = [each for each in fake.state.cordons.values() if each.deadline is not None]
+    assert not any(each.node_id in fake.state.books.charged_on for each in overdue)
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,8 +123,9 @@ def test_reloading_the_records_at_any_moment_gives_the_same_state(actions: list[
     fake.add_node("n0", 8)
     play(fake, actions)
     again = ClusterState()
-    again.restore(fake.state.jobs.values())
+    again.restore(fake.state.jobs.values(), cordons=fake.state.cordons.values())
     assert again.jobs == fake.state.jobs
+    assert again.cordons == fake.state.cordons
     assert sorted(again.pending.ids()) == sorted(fake.state.pending.ids())
     again.check()
 

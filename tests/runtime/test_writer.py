@@ -12,14 +12,16 @@ import pytest
 from rm.core.effects import Effect, Release, Reserve, Run
 from rm.core.events import (
     HoldChanged,
+    NodeCordoned,
     NodeJoined,
+    NodeUncordoned,
     PlacementReady,
     PlacementReleased,
     RunExited,
     RunStarted,
     StopRequested,
 )
-from rm.core.model import Gang, Kind, Outcome, Status, StopCause
+from rm.core.model import Cordon, Gang, Kind, Outcome, Status, StopCause
 from rm.core.policy import Policy, QueuePolicy
 from rm.core.resources import GPU_UNIT, Bundle
 from rm.errors import Busy, LedgerUnavailable
@@ -268,6 +270,36 @@ def test_a_policy_whose_commit_fails_is_in_force_only_if_it_was_made(tmp_path: P
         writer.post(StopRequested(1, job, StopCause.CANCELLED))
 
     with_writer(tmp_path, body)
+
+
+def test_cordons_and_drains_survive_a_restart(tmp_path: Path) -> None:
+    async def first(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        (job,) = await writer.submit([draft("k")])
+        await until(lambda: writer.view().jobs[job].status is Status.RUNNING)
+        await writer.request(NodeCordoned(0, "n", "ada", "a fan", True, 1e9))
+        ledger.fail = ["before"]
+        with pytest.raises(LedgerUnavailable):
+            await writer.request(NodeUncordoned(0, "n"))
+        await until(lambda: writer.broken is None and "n" in writer.view().nodes)
+        assert writer.state.cordons["n"].deadline == 1e9, "what was not committed has not happened"
+        assert writer.view().nodes["n"].cordoned
+
+    async def second(writer: Writer, world: World, ledger: Flaky) -> None:
+        world.hold_runs = True
+        (job,) = writer.state.jobs
+        await until(lambda: "n" in writer.view().nodes)
+        assert writer.state.cordons == {"n": Cordon("n", 0, "ada", "a fan", True, 1e9)}
+        (waiting,) = await writer.submit([draft("k2")])
+        assert writer.view().jobs[waiting].status is Status.QUEUED
+        await writer.request(NodeCordoned(0, "n", "ada", "a fan", True, 0.0))
+        assert writer.view().jobs[job].status is Status.STOPPING, "in the turn in which it was asked for"
+        await writer.request(NodeUncordoned(0, "n"))
+        assert ledger.load().cordons == []
+        await until(lambda: writer.view().jobs[waiting].status is Status.RUNNING)
+
+    with_writer(tmp_path, first)
+    with_writer(tmp_path, second)
 
 
 def test_durations_are_learnt_again_after_a_restart(tmp_path: Path) -> None:

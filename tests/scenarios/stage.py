@@ -21,9 +21,11 @@ from rm.core.events import (
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
+    NodeCordoned,
     NodeJoined,
     NodeLost,
     NodeTypesObserved,
+    NodeUncordoned,
     PlacementReady,
     PlacementReleased,
     PolicyChanged,
@@ -72,11 +74,12 @@ class Stage(FakeCluster):
             self.policy = read_policy(words["policy"])
         known = {"rank": self._rank, "learn": self._learn, "policy": self._policy, "nodes": self._nodes,
                  "launchable": self._launchable,
-                 "lose": self._lose, "foreign": self._foreign, "release": self._release,
+                 "lose": self._lose, "foreign": self._foreign, "cordon": self._cordon, "drain": self._drain,
+                 "uncordon": self._uncordon, "release": self._release,
                  "finish": self._finish, "fail": self._fail, "lost": self._lost, "unready": self._unready,
                  "checkpoint": self._checkpoint, "cancel": self._cancel, "hold": self._hold,
                  "unhold": self._unhold, "submit": self._submit}  # fmt: skip
-        events: list[Event] = list(self.state.due(self.now))
+        events: list[Event] = []
         for word, handle in known.items():
             if word in words:
                 if word == "submit" and {"nodes", "launchable"} & set(words):
@@ -145,6 +148,21 @@ class Stage(FakeCluster):
     def _foreign(self, words: Mapping[str, float]) -> list[Event]:
         return [ForeignUseObserved(self.now, name, gpu_units(gpus), 0, 0) for name, gpus in words.items()]
 
+    def _cordon(self, words: Mapping[str, str]) -> list[Event]:
+        self.dates.clear()
+        return [NodeCordoned(self.now, name, "admin", reason) for name, reason in words.items()]
+
+    def _drain(self, words: Mapping[str, float | None]) -> list[Event]:
+        """By node, in how many seconds what runs there is stopped."""
+        self.dates.clear()
+        return [
+            NodeCordoned(self.now, name, "admin", "", True, None if delay is None else self.now + delay)
+            for name, delay in words.items()
+        ]
+
+    def _uncordon(self, words: Iterable[str]) -> list[Event]:
+        return [NodeUncordoned(self.now, name, "admin") for name in words]
+
     def _release(self, words: Iterable[str]) -> list[Event]:
         """A stopped attempt has ended and its GPUs are seen free."""
         return self._end(words, Outcome(Status.FAILED, "stopped", signal=15))
@@ -163,12 +181,17 @@ class Stage(FakeCluster):
             events += [RunExited(self.now, name, number, outcome), PlacementReleased(self.now, name, number)]
         return events
 
-    def _lost(self, words: Iterable[str]) -> list[Event]:
+    def _lost(self, words: Iterable[str] | Mapping[str, str]) -> list[Event]:
+        """Runners that die; as a mapping with the node whose fault it was."""
         events: list[Event] = []
         for name in words:
             number = self._attempt(name).number
+            node = words[name] if isinstance(words, Mapping) else None
             self.held.pop((name, number))
-            events += [RunLost(self.now, name, number, "it died"), PlacementReleased(self.now, name, number)]
+            events += [
+                RunLost(self.now, name, number, "it died", node),
+                PlacementReleased(self.now, name, number),
+            ]
         return events
 
     def _unready(self, words: Iterable[str]) -> list[Event]:
@@ -267,6 +290,8 @@ class Stage(FakeCluster):
                         said.append(f"shrink {event.job_id} for {event.by}")
                     case other:
                         said.append(f"stop {event.job_id}: {other}")
+            elif isinstance(event, NodeCordoned) and id(event) not in self.told:
+                said.append(f"cordon {event.node_id}")
         return said
 
     def _places(self, event: JobAdmitted) -> str:

@@ -23,6 +23,7 @@ EXPECTED = {"decisions", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
     "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
+    "cordon", "drain", "uncordon",
 }  # fmt: skip
 
 

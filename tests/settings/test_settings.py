@@ -37,6 +37,7 @@ max_age: 1:30:00
 min_runtime: 10m
 settle: 2m
 predicted_limits: yes
+node_failures: {limit: 5, window: 1h}
 admins: [ada, bob, ada]
 """
 
@@ -64,6 +65,7 @@ def test_a_whole_file_becomes_a_policy() -> None:
     assert (policy.default_queue, policy.order, policy.backfill) == ("batch", Order.FAIR, Backfill.SKIP)
     assert (policy.half_life_s, policy.max_age_s, policy.min_runtime_s) == (129_600, 5400, 600)
     assert policy.settle_s == 120
+    assert (policy.node_failure_limit, policy.node_failure_window_s) == (5, 3600)
     assert policy.predicted_limits
     assert settings.admins == ("ada", "bob")
 
@@ -151,6 +153,13 @@ BAD = [
     ("min_runtime: 9999999999999999:00:00", "min_runtime", "at most 100 years"),
     ("settle: -1", "settle", "must be a duration such as 90"),
     ("settle: ", "settle", "not empty"),
+    ("node_failures: 3", "node_failures", "must be `limit` and `window`, such as {limit: 3, window: 10m}, not 3"),
+    ("node_failures: {limit: 1}", "node_failures.limit", "must be from 2 to 1000 failures, or 0 for never, not 1"),
+    ("node_failures: {limit: -2}", "node_failures.limit", "not -2"),
+    ("node_failures: {limit: true}", "node_failures.limit", "not True"),
+    ("node_failures: {limit: }", "node_failures.limit", "not empty"),
+    ("node_failures: {window: 0}", "node_failures.window", "must be more than 0"),
+    ("node_failures: {windows: 5m}", "node_failures.windows", "unknown field; did you mean 'window'?"),
     ("predicted_limits: maybe", "predicted_limits", "must be true or false, not 'maybe'"),
     ("admins: ada", "admins", "must be a list of owners such as [ada, bob], not 'ada'"),
     ("admins: [1]", "admins", "must be a list of owners"),

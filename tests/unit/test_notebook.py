@@ -18,5 +18,5 @@ def test_nodes_are_a_table() -> None:
     node = NodeView(name="<b>n", cpus=8, memory_bytes=2**35, jobs=("j1", "j2"), **fields)
     shown = NodeList([node])._repr_html_()
     cells = [each.split("</td>")[0] for each in shown.split("<td>")[1:]]
-    assert cells == ["&lt;b&gt;n", "&lt;i&gt;", "4", "0.5", "1", "2.5", "j1, j2"]
+    assert cells == ["&lt;b&gt;n", "&lt;i&gt;", "4", "0.5", "1", "2.5", "j1, j2", "ready"]
     assert NodeList([])._repr_html_().count("<tr>") == 1

@@ -1,0 +1,42 @@
+"""Which node somebody means: by its name, its id, or the beginning of its id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rm.core.model import Node
+from rm.errors import UnknownNode
+
+LISTED = 20
+"""Nodes that an error names."""
+SHORT_ID = 8
+"""Characters of an id that tell nodes apart in listings."""
+
+
+def named(words: Iterable[str], nodes: Mapping[str, Node]) -> list[Node]:
+    """The nodes that these words name, each once. Raises UnknownNode for a word that names none, or several."""
+    found = {node.id: node for node in (_named(word, nodes) for word in words)}
+    return list(found.values())
+
+
+def _named(word: str, nodes: Mapping[str, Node]) -> Node:
+    if word in nodes:
+        return nodes[word]
+    meant = [node for node in nodes.values() if node.name == word]
+    if not meant and word:
+        meant = [node for node in nodes.values() if node.id.startswith(word)]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise UnknownNode(
+            f"node {word!r} could be any of {_list(meant)}: give more of its id", field="node", node=word
+        )
+    raise UnknownNode(
+        f"there is no node {word!r}; there are {_list(nodes.values())}", field="node", node=word
+    )
+
+
+def _list(nodes: Iterable[Node]) -> str:
+    every = sorted(nodes, key=lambda node: (node.name, node.id))
+    listed = ", ".join(f"{node.name} ({node.id[:SHORT_ID]})" for node in every[:LISTED])
+    return (listed + (f" and {len(every) - LISTED} more" if len(every) > LISTED else "")) or "none"

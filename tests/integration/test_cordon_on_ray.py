@@ -1,0 +1,102 @@
+"""Nodes out of service, on a real Ray: what runs there goes on elsewhere, and nothing new comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from probes import actor_pids, wait_until
+
+from rm.errors import UnknownNode
+
+pytestmark = pytest.mark.ray
+
+
+def the_node_of(client: Any, job: Any) -> Any:
+    (node,) = [each for each in client.nodes() if job.id in each.jobs]
+    return node
+
+
+def status(client: Any, node_id: str) -> str:
+    return next(each.status for each in client.nodes() if each.id == node_id)
+
+
+def test_a_drained_job_goes_on_elsewhere_from_its_checkpoint(client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    def work() -> str:
+        import time
+
+        import rm
+
+        saved = rm.checkpoint_dir() / "saved"
+        again = saved.exists()
+        rm.report(step=1)
+        while not gate.exists() and not rm.should_stop():
+            time.sleep(0.05)
+        saved.touch()
+        return "went on" if again else "began"
+
+    job = client.submit(work, num_gpus=8)
+    wait_until(lambda: job.progress, 40, "it listens")
+    node = the_node_of(client, job)
+    (view,) = client.drain(node.id[:12], deadline="1s", reason="a fan is loud")
+    assert (view.status, view.free_gpus) == ("draining", 0)
+    assert (view.cordon["by"], view.cordon["reason"]) == (client.owner, "a fan is loud")
+    assert view.cordon["deadline"] == pytest.approx(view.cordon["at"] + 1)
+    wait_until(lambda: (job.view().status, job.last.attempts) == ("RUNNING", 2), 40, "it runs again")
+    assert the_node_of(client, job).id != node.id
+    assert status(client, node.id) == "drained"
+    assert (job.last.evictions, job.last.failures, job.last.infra_failures) == (1, 0, 0)
+    assert "is drained" in job.last.outcome["message"]
+    stops = [each.body["cause"] for each in job.events() if each.kind == "StopRequested"]
+    assert stops == ["drained"]
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
+    whole = client.submit("true", nodes=3, gpus_per_node=8)
+    assert whole.why()["code"] == "NodesCordoned", "the drain outlives the allocator"
+    gate.touch()
+    assert job.result(60) == "went on"
+    assert client.uncordon(node.id)[0].status == "ready"
+    assert whole.wait(60).status == "SUCCEEDED"
+
+
+def test_nothing_new_comes_to_a_cordoned_node_and_what_runs_goes_on(client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job = client.submit(f"while [ ! -e {gate} ]; do sleep 0.05; done", num_gpus=1)
+    wait_until(lambda: job.view().status == "RUNNING", 40, "it runs")
+    node = the_node_of(client, job)
+    client.cordon(node.id)
+    other = client.submit("true", num_gpus=1)
+    assert other.wait(40).status == "SUCCEEDED"
+    placed = [each.body["placed"] for each in other.events() if each.kind == "JobAdmitted"]
+    assert [each["node_id"] for each in placed[0]] != [node.id], "the fullest node would have been that one"
+    assert (job.view().status, status(client, node.id)) == ("RUNNING", "cordoned")
+    gate.touch()
+    assert job.wait(40).status == "SUCCEEDED"
+
+
+def test_a_node_that_loses_runners_of_several_jobs_is_cordoned(client) -> None:
+    key = client.hello()["ledger_key"]
+    jobs = [client.submit("sleep 1000", num_gpus=1, gpu_type="A100") for _ in range(3)]
+    for job in jobs:
+        wait_until(lambda job=job: job.view().status == "RUNNING", 40, "it runs")
+    node = the_node_of(client, jobs[0])
+    for job in jobs:
+        os.kill(actor_pids()[f"rm/{key}/{job.id}.1/0"], signal.SIGKILL)
+    wait_until(lambda: status(client, node.id) == "cordoned", 40, "it is cordoned")
+    (cordon,) = [each.cordon for each in client.nodes() if each.id == node.id]
+    assert cordon["by"] == "health"
+    assert all(f"{job.id}.1 (a runner was lost" in cordon["reason"] for job in jobs)
+    wait_until(lambda: all(job.view().status == "QUEUED" for job in jobs), 40, "all wait")
+    wait_until(lambda: jobs[0].why()["code"] == "NodesCordoned", 20, "it says why")
+
+
+def test_a_node_that_is_not_there_is_named_with_those_that_are(client) -> None:
+    nodes = client.nodes()
+    with pytest.raises(UnknownNode, match="there is no node 'zebra'") as caught:
+        client.cordon("zebra")
+    assert all(node.id[:8] in caught.value.message for node in nodes)
+    assert {node.status for node in nodes} == {"ready"}
