@@ -57,6 +57,10 @@ class UnknownQueue(RequestError):
     """The named queue is not configured."""
 
 
+class NotAllowed(RequestError):
+    """It is somebody else's, or for administrators. `context`: by, and for a job: job, owner."""
+
+
 class PayloadTooLarge(RequestError):
     """A function and its arguments, or a result, exceed what travels by value."""
 

@@ -106,6 +106,8 @@ class Policy:
     """Nothing is evicted before it has run this long (a job may ask for more)."""
     settle_s: float = 60.0
     """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""
+    admins: tuple[str, ...] = ()
+    """Owners who may change everybody's jobs and these rules. Empty: everybody may. No decision of the core's."""
 
     def kinds(self) -> frozenset[str]:
         """The GPU types that quotas name, without ANY."""
