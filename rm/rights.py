@@ -39,7 +39,7 @@ def require_name(by: str) -> None:
     if not is_name(by):
         raise InvalidSpec(
             f"owner: must be at most {MOST_CHARACTERS} printable characters (RM_OWNER, client.owner), "
-            f"not {plain(by)[:60]!r}",
+            f"not {by[:60]!r}",
             field="owner",
         )
 

@@ -206,7 +206,7 @@ class JobSpec(BaseModel):
     ttl_s: float | None = None
     """Attached jobs and leases: the longest silence of the holder before the job is cancelled."""
 
-    @field_validator("name", "owner")
+    @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
         if not is_name(value):

@@ -204,6 +204,9 @@ class Allocator:
             raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
         if len(set(keys)) != len(keys):
             raise InvalidSpec("keys: each job of one submission needs a key of its own", field="keys")
+        # Here and not in the spec: what stands in a ledger stays readable.
+        for owner in {spec.owner for spec in specs}:
+            rights.require_name(owner)
         # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
         async with self._one_submission(keys):
             known = await asyncio.to_thread(self._ledger.submitted, keys)
