@@ -8,6 +8,7 @@ from types import FrameType
 
 from rm.errors import RmError
 from rm.job import Job
+from rm.plain import plain
 
 INTERRUPTED = 130
 
@@ -38,9 +39,9 @@ def follow_to_exit(job: Job) -> int:
 
 def _announce(job: Job) -> None:
     view = job.view()
-    print(f"{job.id} {view.name}: {view.gpus:g} GPU, {view.status}", file=sys.stderr, flush=True)
+    print(plain(f"{job.id} {view.name}: {view.gpus:g} GPU, {view.status}"), file=sys.stderr, flush=True)
     if view.status == "QUEUED":
-        print(f"{job.id} waits. {job.why()}", file=sys.stderr, flush=True)
+        print(plain(f"{job.id} waits. {job.why()}"), file=sys.stderr, flush=True)
 
 
 def _exit_code(job: Job) -> int:
@@ -48,7 +49,7 @@ def _exit_code(job: Job) -> int:
     if view.status == "SUCCEEDED":
         return 0
     outcome = view.outcome or {}
-    print(f"{job.id} {view.status}: {outcome.get('message', '')}", file=sys.stderr, flush=True)
+    print(plain(f"{job.id} {view.status}: {outcome.get('message', '')}"), file=sys.stderr, flush=True)
     if view.status == "FAILED" and outcome.get("exit_code"):
         return int(outcome["exit_code"])
     if view.status == "FAILED" and outcome.get("signal"):

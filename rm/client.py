@@ -181,7 +181,8 @@ class Client:
         ids = self._allocator("submit", [draft.spec for draft in drafts], keys, timeout_s=120)
         if attach:
             self._heartbeat.add(ids)
-        return [Job(self, job_id) for job_id in ids]
+        # Who hands a job in as somebody (`owner=`) goes on as that one: a lease must be able to end itself.
+        return [Job(self, job_id, by=draft.spec.owner) for job_id, draft in zip(ids, drafts, strict=True)]
 
     # --- looking -----------------------------------------------------------------------------------------
 
@@ -234,13 +235,14 @@ class Client:
         events: list[EventView] = self._allocator("events", None, after, limit)
         return events
 
-    def apply(self, text: str, *, dry_run: bool = False) -> dict[str, Any]:
+    def apply(self, text: str, *, dry_run: bool = False, force: bool = False) -> dict[str, Any]:
         """Put the rules of an rm.yaml in force: its queues, limits and policies.
 
         Returns `applied`, `warnings` and `consequences`: what it does, or with `dry_run` would do, to jobs that live.
-        Raises InvalidSpec with the path of each bad field.
+        `force`: also where its `admins` leave you out, so that you could not change the rules again.
+        Raises InvalidSpec with the path of each bad field; NotAllowed where the rules in force have other admins.
         """
-        answer: dict[str, Any] = self._allocator("apply", text, self.owner, dry_run=dry_run)
+        answer: dict[str, Any] = self._allocator("apply", text, self.owner, dry_run=dry_run, force=force)
         return answer
 
     def queues(self) -> list[QueueView]:
@@ -268,11 +270,13 @@ class Client:
         return hello
 
     def stop_allocator(self, *, cancel_jobs: bool = False, keep_jobs: bool = False) -> None:
-        """End the allocator. Refused while jobs live, unless they are to be cancelled, or kept for the next one."""
+        """End the allocator. Refused while jobs live, unless they are to be cancelled, or kept for the next one.
+
+        Raises NotAllowed where the rules in force have other admins.
+        """
         from rm.runtime.connect import stop_actors
 
-        if not keep_jobs:
-            self._allocator("shutdown", cancel=cancel_jobs, by=self.owner, timeout_s=600)
+        self._allocator("shutdown", cancel=cancel_jobs, keep=keep_jobs, by=self.owner, timeout_s=600)
         self._heartbeat.stop()
         # What goes on running still prints: then the store stays for it.
         stop_actors(store_too=not keep_jobs)

@@ -61,6 +61,10 @@ class UnknownNode(RequestError):
     """No node of the cluster is called so, or several are."""
 
 
+class NotAllowed(RequestError):
+    """It is somebody else's, or for administrators. `context`: by, and for a job: job, owner."""
+
+
 class PayloadTooLarge(RequestError):
     """A function and its arguments, or a result, exceed what travels by value."""
 

@@ -60,10 +60,18 @@ class Job:
     cancel, hold and release concern all of them, and `jobs()` gives each.
     """
 
-    def __init__(self, client: Client, job_id: str, view: JobView | None = None) -> None:
+    def __init__(
+        self, client: Client, job_id: str, view: JobView | None = None, *, by: str | None = None
+    ) -> None:
         self._client = client
         self._view = view
+        self._by = by
         self.id = job_id
+
+    @property
+    def by(self) -> str:
+        """In whose name this handle changes the job: its submitter's `owner=`, else the client's owner."""
+        return self._client.owner if self._by is None else self._by
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -110,7 +118,7 @@ class Job:
         if self.last.array_counts is None:
             return [self]
         views: list[JobView] = self._client._allocator("array", self.id)
-        return [Job(self._client, view.id, view) for view in views]
+        return [Job(self._client, view.id, view, by=self._by) for view in views]
 
     # --- waiting -----------------------------------------------------------------------------------------
 
@@ -165,18 +173,21 @@ class Job:
         )
 
     def cancel(self) -> JobView:
-        """Ask the job to end: SIGTERM, its grace, SIGKILL. Returns at once; `wait()` for the end."""
-        self._view = self._client._allocator("cancel", self.id, self._client.owner)
+        """Ask the job to end: SIGTERM, its grace, SIGKILL. Returns at once; `wait()` for the end.
+
+        Raises NotAllowed, as `hold` and `release`, for somebody else's job where the rules name admins.
+        """
+        self._view = self._client._allocator("cancel", self.id, self.by)
         return self._view
 
     def hold(self) -> JobView:
         """Keep it from starting, as long as it is still queued. Raises RequestError for a job that is not."""
-        self._view = self._client._allocator("hold", self.id, self._client.owner, held=True)
+        self._view = self._client._allocator("hold", self.id, self.by, held=True)
         return self._view
 
     def release(self) -> JobView:
         """Let a held job go."""
-        self._view = self._client._allocator("hold", self.id, self._client.owner, held=False)
+        self._view = self._client._allocator("hold", self.id, self.by, held=False)
         return self._view
 
     # --- logs --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Lease:
     def end(self) -> None:
         """Give the GPUs back. Waits until they are free; ending twice is harmless."""
         self._group = None
-        self._client._allocator("cancel", self.id, self._client.owner, released=True)
+        self._client._allocator("cancel", self.id, self._job.by, released=True)
         self._job.wait(60)
 
     def __enter__(self) -> Self:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from rm.plain import plain
 from rm.views import JobView, NodeView
 
 _COLOURS = {
@@ -24,22 +25,20 @@ _COLOURS = {
 def job_card(view: JobView, why: Any = None) -> str:
     """One job: what it is, where it stands, how far it is, and why it waits or failed."""
     rows = [
-        ("job", f"<b>{escape(view.id)}</b> {escape(view.name)}"),
+        ("job", f"<b>{_text(view.id)}</b> {_text(view.name)}"),
         ("status", _badge(view.status)),
-        ("GPUs", escape(_gpus(view))),
+        ("GPUs", _text(_gpus(view))),
     ]
     if view.nodes:
-        rows.append(("on", escape(", ".join(view.nodes))))
-    rows.append(("time", escape(_times(view))))
+        rows.append(("on", _text(", ".join(view.nodes))))
+    rows.append(("time", _text(_times(view))))
     if view.progress:
         rows.append(("progress", _progress(view.progress.get("metrics", {}))))
     if why:
-        rows.append(("waits", escape(str(why))))
+        rows.append(("waits", _text(str(why))))
     if view.outcome and view.outcome.get("message") and view.status != "SUCCEEDED":
-        tail = "\n".join(view.outcome.get("tail") or ())
-        rows.append(
-            ("because", escape(view.outcome["message"]) + (f"<pre>{escape(tail)}</pre>" if tail else ""))
-        )
+        tail = "\n".join(_text(line) for line in view.outcome.get("tail") or ())
+        rows.append(("because", _text(view.outcome["message"]) + (f"<pre>{tail}</pre>" if tail else "")))
     body = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{name}</th>'
         f'<td style="text-align:left">{value}</td></tr>'
@@ -54,12 +53,12 @@ def jobs_table(views: Sequence[JobView]) -> str:
         ("job", "name", "owner", "status", "GPUs", "time"),
         [
             (
-                escape(v.id),
-                escape(v.name),
-                escape(v.owner),
+                _text(v.id),
+                _text(v.name),
+                _text(v.owner),
                 _badge(v.status),
-                escape(_gpus(v)),
-                escape(_times(v)),
+                _text(_gpus(v)),
+                _text(_times(v)),
             )
             for v in views
         ],
@@ -72,11 +71,11 @@ def nodes_table(views: Sequence[NodeView]) -> str:
         ("node", "type", "GPUs", "rm", "others", "free", "jobs", "status"),
         [
             (
-                escape(v.name),
-                escape(v.gpu_type or "–"),
+                _text(v.name),
+                _text(v.gpu_type or "–"),
                 *(f"{count:g}" for count in (v.gpus, v.charged_gpus, v.foreign_gpus, v.free_gpus)),
-                escape(", ".join(v.jobs) or "–"),
-                escape(v.status),
+                _text(", ".join(v.jobs) or "–"),
+                _text(v.status),
             )
             for v in views
         ],
@@ -90,8 +89,13 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _text(words: str) -> str:
+    """As HTML that shows it: neither a tag, nor an invisible mark that turns what follows around."""
+    return html.escape(plain(words))
+
+
 def _badge(status: str) -> str:
-    return f'<b style="color:{_COLOURS.get(status, "#000")}">{escape(status)}</b>'
+    return f'<b style="color:{_COLOURS.get(status, "#000")}">{_text(status)}</b>'
 
 
 def _gpus(view: JobView) -> str:
@@ -123,4 +127,4 @@ def _progress(metrics: dict[str, Any]) -> str:
     if isinstance(step, int | float) and isinstance(total, int | float) and total > 0:
         bar = f'<progress value="{min(step, total):g}" max="{total:g}"></progress> '
     rest = ", ".join(f"{key} {value}" for key, value in metrics.items())
-    return bar + escape(rest)
+    return bar + _text(rest)

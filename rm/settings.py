@@ -20,6 +20,7 @@ from rm.core.policy import ANY, DAY_S, Backfill, Order, Policy, Preempt, QueuePo
 from rm.core.resources import GPU_UNIT, gpu_count, gpu_units
 from rm.errors import InvalidSpec
 from rm.lending import Owned, owned
+from rm.rights import is_name
 from rm.spec import PRIORITY_NAMES, did_you_mean, parse_duration
 from rm.yaml_text import Document, Path, read
 
@@ -137,6 +138,11 @@ def _labels(value: Any) -> dict[str, str]:
 def _owners(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) and each for each in value):
         raise ValueError(f"must be a list of owners such as [ada, bob], not {_shown(value)}")
+    for each in value:
+        if not is_name(each) or each != each.strip():
+            raise ValueError(
+                f"must be names of printable characters without blanks around, not {_shown(each)}"
+            )
     return tuple(dict.fromkeys(value))
 
 
@@ -262,6 +268,7 @@ class Settings(BaseModel):
             "settle_s": self.settle,
             "node_failure_limit": self.node_failures.limit,
             "node_failure_window_s": self.node_failures.window,
+            "admins": self.admins,
         }
         places = list(_places(self))
         if not places:

@@ -20,6 +20,7 @@ from rm.core.model import Gang, Job, Kind, NodeShape, Strategy
 from rm.core.resources import GPU_UNIT, gpu_units
 from rm.core.shapes import Request, resolve
 from rm.errors import InvalidSpec
+from rm.rights import is_name
 
 MAX_GPUS = 100_000
 MAX_ARRAY = 10_000
@@ -164,7 +165,7 @@ class Resources(BaseModel):
 class JobSpec(BaseModel):
     """One request, as submitted. Durations are seconds; `rm.client` and `rmctl` also take "90m", "2h", "1:30:00"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     kind: Kind
     name: str = ""
@@ -183,8 +184,9 @@ class JobSpec(BaseModel):
     """The blob that holds the zipped working directory; empty: an empty scratch directory."""
     cwd: str = ""
     """Where the submitter stood. Commands without a working_dir run there, where the node has that directory."""
-    env: dict[str, str] = Field(default_factory=dict)
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    env: dict[str, str] = Field(default_factory=dict, repr=False)
+    """May hold secrets, so that nothing may show it: neither a log that prints a request nor an error."""
+    runtime_env: dict[str, Any] = Field(default_factory=dict, repr=False)
     """What Ray itself sets up for the runner: pip, conda, image and the like."""
     python: str = ""
     """Version of the submitter's Python, "3.11": functions by value need the same one."""
@@ -207,7 +209,7 @@ class JobSpec(BaseModel):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if len(value) > 200 or not value.isprintable():
+        if not is_name(value):
             raise ValueError("must be at most 200 printable characters")
         return value
 
@@ -292,8 +294,12 @@ class JobSpec(BaseModel):
     @classmethod
     def _env(cls, value: dict[str, str]) -> dict[str, str]:
         for key, text in value.items():
-            if not key or "=" in key or "\0" in key or "\0" in text:
-                raise ValueError(f"{key!r} is not a usable name of an environment variable")
+            if not key or "=" in key or "\0" in key:
+                # What stands behind "=" was meant as the value.
+                name = key.partition("=")[0]
+                raise ValueError(f"{name!r} is not a usable name of an environment variable")
+            if "\0" in text:
+                raise ValueError(f"the value of {key} holds a NUL byte")
         return value
 
     @model_validator(mode="after")
@@ -432,11 +438,13 @@ def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
 class Config(BaseSettings):
     """Settings of one allocator. Set by `RM_<NAME>` in the environment of whoever starts it."""
 
-    model_config = SettingsConfigDict(env_prefix="RM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="RM_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     home: Path = Path("~/.ray-rm")
     """Ledger, logs, checkpoints and blobs, on the head node. Outlives Ray's session directory."""
-    ledger_url: str = ""
+    ledger_url: str = Field("", repr=False)
     """SQLAlchemy URL. Empty: SQLite in `home`."""
     checkpoint_root: str = ""
     """Where jobs keep checkpoints. On several machines this must be a shared file system. Empty: in `home`."""

@@ -7,7 +7,7 @@ is taken unless the call says otherwise.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class Environment:
     """A submitter's environment, as a job will have it. `working_dir`: a local path, or a Ray package URI."""
 
     working_dir: str | None = None
-    env: dict[str, str] = field(default_factory=dict)
-    runtime_env: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict, repr=False)
+    runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
     cwd: str = ""
 
     def archive(self, pack: Callable[[str], bytes]) -> bytes:
@@ -60,7 +60,11 @@ def submitter_environment(options: dict[str, Any]) -> Environment:
             field=f"runtime_env.{min(unknown)}",
         )
     merged = {**own, **given}
-    env = {**own.get("env_vars", {}), **given.get("env_vars", {}), **(options.pop("env", None) or {})}
+    env = {
+        **own.get("env_vars", {}),
+        **_variables("runtime_env.env_vars", given.get("env_vars")),
+        **_variables("env", options.pop("env", None)),
+    }
     working_dir = options.pop("working_dir", None) or merged.get("working_dir")
     _refuse_local_modules(merged.get("py_modules"))
     return Environment(
@@ -69,6 +73,17 @@ def submitter_environment(options: dict[str, Any]) -> Environment:
         runtime_env={key: value for key, value in merged.items() if key in _KNOWN_TO_RAY},
         cwd=str(Path.cwd()),
     )
+
+
+def _variables(field: str, given: Any) -> Mapping[Any, Any]:
+    """Environment variables as given. The message does not quote them: they may be secrets."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InvalidSpec(
+            f"{field}: must be a dict of names and values, not {type(given).__name__}", field=field
+        )
+    return given
 
 
 def _driver_runtime_env() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How jobs, nodes and events look on a terminal: Rich tables of the views, for `rmctl` and the demo.
 
 Names, commands and messages are written by anybody, so nothing of them may reach the terminal as an instruction:
-`plain` shows control characters as escapes, and every console here takes text literally, without markup. On a
+`rm.plain` shows control characters as escapes, and every console here takes text literally, without markup. On a
 terminal tables fit its width; anywhere else they are as wide as their content, so that nothing is cut off.
 """
 
@@ -17,6 +17,8 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.views import AuditView, EventView, FindingView, JobView, NodeView, QueueView
@@ -56,15 +58,6 @@ def write(screen: Console, what: RenderableType) -> None:
         screen.print(what)
     screen.file.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
     screen.file.flush()
-
-
-def plain(text: object) -> str:
-    """`text` on one line, with all that a terminal could take as an instruction written out as an escape."""
-    return "".join(each if each.isprintable() else _escaped(each) for each in str(text))
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 # --- amounts -----------------------------------------------------------------------------------------------

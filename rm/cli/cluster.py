@@ -120,7 +120,7 @@ def _local_ray(num_gpus: int | None) -> LocalRay:
     from rm.runtime.local import LocalRay
 
     home = settings().home
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     running = LocalRay.find(home)
     if running is None:
         note("starting Ray on this machine …")

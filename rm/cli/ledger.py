@@ -12,6 +12,7 @@ import typer
 from rm import tables
 from rm.cli.screen import note, show, show_json
 from rm.cli.session import AsJson, settings
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.ledger import Summary
@@ -101,7 +102,7 @@ def check(
     if report.summary.schema != report.newest:
         note(f"its schema {report.summary.schema} is older than {report.newest}: the next start upgrades it")
     for finding in report.findings:
-        show(tables.plain(str(finding)))
+        show(plain(str(finding)))
     count = len(report.findings)
     note(f"{count} finding{'s' if count > 1 else ''}" if count else "nothing wrong was found")
     return int(bool(report.findings))

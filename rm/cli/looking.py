@@ -15,6 +15,7 @@ from rm import tables
 from rm.cli.screen import exit_code, note, say_error, show, show_json
 from rm.cli.session import AsJson, JobId, JobIds, connect
 from rm.errors import InvalidSpec, RmError
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.client import Client
@@ -104,7 +105,7 @@ def show_job(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
     tail = (view.outcome or {}).get("tail") or ()
     if tail and view.status != "SUCCEEDED":
         show("", Text("Its last lines", style="bold"))
-        show(*(Padding(Text(tables.plain(line)), (0, 0, 0, 2)) for line in tail))
+        show(*(Padding(Text(plain(line)), (0, 0, 0, 2)) for line in tail))
     show("", Text("What happened", style="bold"), tables.events_table(events, view.submitted_at))
     return 0
 
@@ -196,14 +197,14 @@ def why(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
     if as_json:
         show_json(answer)
         return 0
-    show(tables.plain(tables.reason(answer)))
+    show(plain(tables.reason(answer)))
     evidence = answer.get("evidence") or {}
     if evidence:
         show(Padding(tables.facts_table(evidence.items()), (0, 0, 0, 2)))
     if answer.get("advice"):
-        show(tables.plain(answer["advice"]))
+        show(plain(answer["advice"]))
     if answer.start:
-        show(tables.plain(answer.start))
+        show(plain(answer.start))
     return 0
 
 
@@ -215,7 +216,8 @@ def cancel(
 ) -> int:
     """End jobs.
 
-    SIGTERM, then their grace, then SIGKILL. One that has ended already is left as it is.
+    SIGTERM, then their grace, then SIGKILL. One that has ended already is left as it is. Where the rules name admins,
+    only they and a job's owner may.
     """
     jobs, failed = _each(connect(ctx), job_ids, lambda job: job.cancel())
     if wait_:
@@ -284,9 +286,7 @@ def _report(jobs: list[Job], as_json: bool) -> None:
         view = job.last
         message = (view.outcome or {}).get("message") if view.status != "SUCCEEDED" else ""
         show(
-            Text.assemble(
-                f"{view.id} ", tables.status(view.status), tables.plain(f": {message}" if message else "")
-            )
+            Text.assemble(f"{view.id} ", tables.status(view.status), plain(f": {message}" if message else ""))
         )
 
 

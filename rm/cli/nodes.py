@@ -9,6 +9,7 @@ import typer
 from rm import tables
 from rm.cli.screen import show, show_json
 from rm.cli.session import AsJson, connect
+from rm.plain import plain
 from rm.views import NodeView
 
 Nodes = Annotated[list[str], typer.Argument(metavar="NODE", help="Its name, its id, or how its id begins.")]
@@ -52,4 +53,4 @@ def _report(views: list[NodeView], as_json: bool) -> None:
         return
     for view in views:
         holds = f"; {', '.join(view.jobs)} there" if view.jobs else "; nothing of ours runs there"
-        show(tables.plain(f"{view.name} ({view.id[:8]}) {tables.node_status(view)}{holds}"))
+        show(plain(f"{view.name} ({view.id[:8]}) {tables.node_status(view)}{holds}"))

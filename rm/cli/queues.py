@@ -12,6 +12,7 @@ from rm import tables
 from rm.cli.screen import note, show, show_json
 from rm.cli.session import AsJson, connect
 from rm.errors import InvalidSpec
+from rm.plain import plain
 
 
 def list_queues(ctx: typer.Context, as_json: AsJson = False) -> int:
@@ -34,22 +35,25 @@ def apply(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would do to the jobs that live.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where its admins leave you out: you can't take it back.")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Put an rm.yaml in force: queues, quotas and rules.
 
     It replaces all that was in force before. Running jobs go on. What the change does to live jobs is listed; with
-    --dry-run that is all.
+    --dry-run that is all. Only admins of the rules in force may do it, if these name any.
     """
     text = _text(file)
-    answer = connect(ctx).apply(text, dry_run=dry_run)
+    answer = connect(ctx).apply(text, dry_run=dry_run, force=force)
     if as_json:
         show_json(answer)
         return 0
     for warning in answer["warnings"]:
         note(f"warning: {warning}")
     for consequence in answer["consequences"]:
-        show(tables.plain(consequence))
+        show(plain(consequence))
     if not answer["consequences"]:
         note("no live job is affected" if dry_run else "no live job was affected")
     note("not applied: this was a dry run" if not answer["applied"] else "applied")

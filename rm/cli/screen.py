@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from rm.errors import ClusterError, RequestError, RmError
-from rm.tables import console, plain, write
+from rm.plain import plain
+from rm.tables import console, write
 
 
 def show(*what: RenderableType) -> None:

@@ -179,8 +179,11 @@ def _pair(name: str, text: str) -> tuple[str, str]:
 
 def _variable(text: str) -> tuple[str, str]:
     """KEY=VALUE, or KEY with the value that it has here."""
-    if "=" in text:
-        return _pair("env", text)
+    key, equals, value = text.partition("=")
+    if equals and not key:  # without a word of the value, which may be a secret
+        raise InvalidSpec("env: must be KEY=VALUE, and nothing stands before the '='", field="env")
+    if equals:
+        return key, value
     if text not in os.environ:
         raise InvalidSpec(
             f"env: {text} is not set here; give it a value with --env {text}=VALUE", field="env"

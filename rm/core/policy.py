@@ -109,6 +109,8 @@ class Policy:
     node_failure_window_s: float = 600.0
     settle_s: float = 60.0
     """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""
+    admins: tuple[str, ...] = ()
+    """Owners who may change everybody's jobs and these rules. Empty: everybody may. No decision of the core's."""
 
     def kinds(self) -> frozenset[str]:
         """The GPU types that quotas name, without ANY."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING
 
-from rm import tables
 from rm.demo.sandbox import local_ray, private_directory, training, training_scripts
 from rm.demo.stage import Stage
 from rm.demo.steps import NAMES, Story, steps, steps_table
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.client import Client
@@ -133,7 +133,7 @@ def _tell(stage: Stage, story: Story) -> None:
         told = ", ".join(f"{what.replace('_', ' ')} {value:g}" for what, value in values.items())
         stage.say(f"{name}: {story.statuses[name]}{', ' if told else ''}{told}")
     for failure in story.failures.values():
-        stage.say(tables.plain(failure))
+        stage.say(plain(failure))
     free = f"{story.free_gpus:g} of {story.gpus:g} GPUs are free and {story.charged_gpus:g} allocated"
     stage.say(f"{'' if story.succeeded else 'This is not as it should be. '}At the end {free}.")
     stage.say(f"It took {story.took_s:.1f} s. Its Ray has ended, and nothing of it is left.")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rm import tables
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.views import EventView, JobView, NodeView
@@ -76,9 +77,9 @@ class Stage:
                 continue
             self._began = event.at if self._began is None else self._began
             name = self.names.get(event.job_id, event.job_id)
-            line = f"{event.at - self._began:8.3f} s  {tables.plain(name):<8} {event.kind:<20} "
+            line = f"{event.at - self._began:8.3f} s  {plain(name):<8} {event.kind:<20} "
             gpus = tables.change(event.free_before, event.free_after)
-            self.say(f"{line}free {gpus:<8} {tables.plain(tables.sentence(event))}".rstrip())
+            self.say(f"{line}free {gpus:<8} {plain(tables.sentence(event))}".rstrip())
 
     def update(self, views: Sequence[JobView], nodes: Sequence[NodeView]) -> None:
         """Show where the jobs and the GPUs stand."""
@@ -89,9 +90,7 @@ class Stage:
             quarter = int((tables.share_done(view) or 0.0) * QUARTERS)
             if view.ended_at is None and quarter > self._quarters.get(view.id, 0):
                 self._quarters[view.id] = quarter
-                self.say(
-                    f"            {self.names.get(view.id, view.id):<8} {tables.plain(tables.progress(view))}"
-                )
+                self.say(f"            {self.names.get(view.id, view.id):<8} {plain(tables.progress(view))}")
 
     def clear(self) -> None:
         """Take the moving part away."""
@@ -113,9 +112,9 @@ def _jobs(views: Sequence[JobView], names: dict[str, str]) -> Table:
         done = 1.0 if view.status == "SUCCEEDED" else tables.share_done(view) or 0.0
         note = tables.reason(view.reason) if view.status == "QUEUED" else tables.progress(view)
         table.add_row(
-            f"{view.id} {tables.plain(names.get(view.id, view.name))}",
+            f"{view.id} {plain(names.get(view.id, view.name))}",
             tables.status(view.status),
             ProgressBar(total=1.0, completed=done, width=BAR_COLUMNS),
-            Text(tables.plain(note), overflow="ellipsis", no_wrap=True),
+            Text(plain(note), overflow="ellipsis", no_wrap=True),
         )
     return table

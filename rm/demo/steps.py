@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rm import tables
+from rm.plain import plain
 
 if TYPE_CHECKING:
     from rm.views import EventView
@@ -134,12 +135,12 @@ def steps_table(found: Iterable[Step], names: dict[str, str]) -> Table:
     rows = [
         (
             f"{each.at:.3f} s",
-            tables.plain(names.get(each.job, each.job)),
+            plain(names.get(each.job, each.job)),
             each.step,
             f"{each.took_s:.3f} s" if each.step != "request" else "",
             tables.change(each.free_before, each.free_after),
             tables.change(each.charged_before, each.charged_after),
-            tables.plain(each.what),
+            plain(each.what),
         )
         for each in found
     ]

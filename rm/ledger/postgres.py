@@ -99,6 +99,7 @@ def _engine(url: URL, *, writes: bool) -> Engine:
 def _made(url: URL, *, writes: bool) -> Engine:
     engine = create_engine(
         url,
+        hide_parameters=True,  # requests hold users' secrets, and errors are logged
         connect_args={key: value for key, value in _TCP.items() if key not in url.query},
         isolation_level="READ COMMITTED" if writes else "AUTOCOMMIT",
         pool_size=1 if writes else READERS,

@@ -169,6 +169,7 @@ def _engine(url: URL, *pragmas: str, connections: int = 1) -> Engine:
     """Connections that run `pragmas` first. A single one is for writing, several are for reading."""
     engine = create_engine(
         url,
+        hide_parameters=True,  # requests hold users' secrets, and errors are logged
         connect_args={"check_same_thread": False} | ({} if "timeout" in url.query else {"timeout": WAIT_S}),
         poolclass=QueuePool,
         pool_size=connections,

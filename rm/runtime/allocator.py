@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 import rm
+from rm import rights
 from rm.core.cycle import why_each
 from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
 from rm.core.forecast import Twin
@@ -217,6 +218,9 @@ class Allocator:
             raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
         if len(set(keys)) != len(keys):
             raise InvalidSpec("keys: each job of one submission needs a key of its own", field="keys")
+        # Here and not in the spec: what stands in a ledger stays readable.
+        for owner in {spec.owner for spec in specs}:
+            rights.require_name(owner)
         # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
         async with self._one_submission(keys):
             known = await asyncio.to_thread(self._ledger.submitted, keys)
@@ -302,8 +306,12 @@ class Allocator:
             await self._writer.changed(job_id, left)
 
     async def cancel(self, job_id: str, by: str, *, released: bool = False) -> JobView:
-        """Ask the job, or all jobs of the array, to end. Durable when this returns; what has ended is left as it is."""
+        """Ask the job, or all jobs of the array, to end. Durable when this returns; what has ended is left as it is.
+
+        Raises UnknownJob, and NotAllowed where it is not `by`'s to change.
+        """
         await self._up()
+        await self._require_change(job_id, by)
         stops = []
         for job in await self._live(job_id):
             cause = StopCause.RELEASED if released and job.kind is Kind.LEASE else StopCause.CANCELLED
@@ -312,8 +320,12 @@ class Allocator:
         return await self._look(job_id)
 
     async def hold(self, job_id: str, by: str, *, held: bool) -> JobView:
-        """Keep a queued job, or those of an array that are queued, from starting; or let it go. Durable then."""
+        """Keep a queued job, or those of an array that are queued, from starting; or let it go. Durable then.
+
+        Raises UnknownJob, NotAllowed where it is not `by`'s to change, and RequestError where nothing is queued.
+        """
         await self._up()
+        await self._require_change(job_id, by)
         live = await self._live(job_id)
         queued = [job for job in live if job.status is Status.QUEUED]
         if not queued:
@@ -387,9 +399,17 @@ class Allocator:
         }
 
     @ray.method(max_task_retries=0)  # type: ignore[untyped-decorator]
-    async def shutdown(self, *, cancel: bool, by: str = "") -> None:
-        """End: with `cancel` every job first, else only if none lives. The caller then kills the actor."""
+    async def shutdown(self, *, cancel: bool, keep: bool = False, by: str = "") -> None:
+        """End: with `cancel` every job first, else only if none lives. The caller then kills the actor.
+
+        `keep`: the jobs are for the next allocator, so that there is nothing to do but to ask whether `by` may.
+        Raises NotAllowed.
+        """
         await self._up()
+        rights.require_name(by)
+        rights.require_admin("stop the allocator", by, self._admins)
+        if keep:
+            return
         live = list(self._writer.view().jobs.values())
         if live and not cancel:
             raise AllocatorUnavailable(
@@ -405,17 +425,24 @@ class Allocator:
 
     # --- asked by administrators ---------------------------------------------------------------------------
 
-    async def apply(self, text: str, by: str, *, dry_run: bool = False) -> dict[str, Any]:
-        """Put the rules of an rm.yaml in force. Returns `applied`, `warnings`, `consequences`. Raises InvalidSpec."""
+    async def apply(
+        self, text: str, by: str, *, dry_run: bool = False, force: bool = False
+    ) -> dict[str, Any]:
+        """Put the rules of an rm.yaml in force. Returns `applied`, `warnings`, `consequences`.
+
+        A dry run is everybody's. Raises InvalidSpec, also where the new rules would lock `by` out and `force` does not
+        say that it is meant; NotAllowed where `by` is no admin.
+        """
         await self._up()
         settings = Settings.parse(text)
         policy, state = settings.policy(), self._writer.state
         effects = consequences(state.jobs.values(), state.node_shapes(), state.policy, policy)
+        doubts = rights.doubts(by, self._admins, policy.admins)
         if not dry_run:
-            await self.apply_policy(policy, text, by)
+            await self.apply_policy(policy, text, by, force=force)
         return {
             "applied": not dry_run,
-            "warnings": [str(each) for each in settings.warnings()],
+            "warnings": [*doubts, *settings.warnings()],
             "consequences": [str(each) for each in effects],
         }
 
@@ -436,9 +463,11 @@ class Allocator:
     ) -> list[NodeView]:
         """Place nothing new on these nodes; with `drain` empty them, by force after `deadline_s`. Raises UnknownNode.
 
-        Durable when this returns, and all or none. What was said of a node before is replaced.
+        Durable when this returns, and all or none. What was said of a node before is replaced. Raises NotAllowed.
         """
         await self._up()
+        rights.require_name(by)
+        rights.require_admin("cordon nodes", by, self._admins)
         chosen = named(nodes, self._writer.view().nodes)
         now = time.time()
         deadline = None if deadline_s is None else now + deadline_s
@@ -448,8 +477,10 @@ class Allocator:
         return self._still_there(chosen)
 
     async def uncordon(self, nodes: list[str], by: str) -> list[NodeView]:
-        """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode."""
+        """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode, NotAllowed."""
         await self._up()
+        rights.require_name(by)
+        rights.require_admin("uncordon nodes", by, self._admins)
         chosen = named(nodes, self._writer.view().nodes)
         now = time.time()
         await self._writer.request_all([NodeUncordoned(now, node.id, by) for node in chosen])
@@ -475,9 +506,14 @@ class Allocator:
             return self._audit.last
         return await self._audit.audit()
 
-    async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
-        """Put these rules in force. Durable when this returns; what runs goes on unless the rules reclaim it."""
+    async def apply_policy(self, policy: Policy, text: str, by: str, *, force: bool = False) -> None:
+        """Put these rules in force. Durable when this returns; what runs goes on unless the rules reclaim it.
+
+        Raises NotAllowed and InvalidSpec as `apply`.
+        """
         await self._up()
+        rights.require_name(by)
+        rights.require_new_rules(by, self._admins, policy.admins, force=force)
         await self._writer.apply_policy(policy, text, by)
 
     async def policy(self) -> dict[str, Any]:
@@ -520,6 +556,19 @@ class Allocator:
                     "then `rmctl start`"
                 )
             raise AllocatorUnavailable(f"the allocator could not start: {self._broken!r}")
+
+    @property
+    def _admins(self) -> tuple[str, ...]:
+        return self._writer.policy.policy.admins
+
+    async def _require_change(self, job_id: str, by: str) -> None:
+        """Raises UnknownJob, and NotAllowed where the job, or the array, is not `by`'s to change."""
+        rights.require_name(by)
+        if not self._admins:
+            return
+        found = await self._find_any(job_id)
+        job = await self._find(f"{job_id}_0") if isinstance(found, Counter) else found
+        rights.require_change(job_id, job.owner, by, self._admins)
 
     async def _look(self, job_id: str) -> JobView:
         found = await self._find_any(job_id)

@@ -23,6 +23,9 @@ from typing import NamedTuple, NoReturn
 
 from rm.errors import ClusterError, NoCluster, RequestError
 from rm.runtime.gcs_probe import MODE, plain, probe, set_mode
+from rm.runtime.token_file import exposed_token
+
+log = logging.getLogger("rm.attach")
 
 NETWORK_SHARE = 0.8
 """Of `timeout_s`, what the network may take; the rest is for `import ray`, which no deadline can cut short."""
@@ -78,6 +81,8 @@ def attach(address: str | None = None, timeout_s: float = 5.0) -> str:
             raise
         if mode_before is None and os.environ[MODE] == "disabled":
             del os.environ[MODE]  # what children of this process start may well use a token
+        elif os.environ[MODE] == "token" and (warning := exposed_token()):
+            log.warning("%s", warning)
         return plain(ray.get_runtime_context().gcs_address)
 
 

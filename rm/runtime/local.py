@@ -140,7 +140,7 @@ class LocalRay:
 
     def _claim(self, path: Path) -> None:
         """Record the cluster before there is one, so that none can ever be without a record."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             with path.open("x") as file:
                 json.dump(asdict(self), file)

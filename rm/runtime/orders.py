@@ -49,7 +49,7 @@ class RunOrder:
     payload_sha256: str
     working_dir_sha256: str
     cwd: str
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)  # may hold secrets
     python: str
     cpus: float
     checkpoint_dir: str

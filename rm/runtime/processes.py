@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class RankProcess:
 
     rank: int
     argv: tuple[str, ...]
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)  # may hold secrets
     cwd: str
     stdout: str
     stderr: str
@@ -269,10 +269,10 @@ def _check(procs: Sequence[RankProcess]) -> None:
             raise ValueError(
                 f"procs[rank {each.rank}].env: {ATTEMPT_KEY} is missing, sweep could not find it"
             )
-        for field in ("cwd", "stdout", "stderr"):
-            path = getattr(each, field)
+        for name in ("cwd", "stdout", "stderr"):
+            path = getattr(each, name)
             if not Path(path).is_absolute():
-                raise ValueError(f"procs[rank {each.rank}].{field}: {path!r} is not an absolute path")
+                raise ValueError(f"procs[rank {each.rank}].{name}: {path!r} is not an absolute path")
 
 
 def _never_told(rank: int, last: dict[str, Any]) -> RankExit:

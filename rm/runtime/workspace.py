@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import zipfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from rm.core.model import Kind
 from rm.errors import ClusterError
+from rm.plain import plain
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import ATTEMPT_KEY, RankProcess
 
@@ -50,7 +52,7 @@ class Workspace:
             self.payload.write_bytes(payload)
         if working_dir is not None:
             unpack(working_dir, self._code)
-        Path(self.order.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+        _make_checkpoint_dir(Path(self.order.checkpoint_dir))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -139,14 +141,20 @@ class Workspace:
 
 
 def unpack(archive: bytes, into: Path) -> None:
-    """Unpack a zipped directory, keeping modes. A member that would leave `into` is an error."""
+    """Unpack a zipped directory, keeping permissions. Only files and directories below `into`; all else is an error."""
     root = into.resolve()
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         for member in files.infolist():
             target = (root / member.filename).resolve()
             if not target.is_relative_to(root):
                 raise ClusterError(
-                    f"the working directory's archive holds a path outside it: {member.filename}"
+                    f"the working directory's archive holds a path outside it: {plain(member.filename)}"
+                )
+            # 0 is what archives say that know no kinds. We never pack a link: what it points to travels.
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ClusterError(
+                    "the working directory's archive holds a link or a device, which it may not: "
+                    f"{plain(member.filename)}"
                 )
             files.extract(member, root)
             mode = (member.external_attr >> 16) & 0o777
@@ -154,9 +162,25 @@ def unpack(archive: bytes, into: Path) -> None:
                 target.chmod(mode | 0o600)
 
 
+def _make_checkpoint_dir(path: Path) -> None:
+    """On a shared disk others may have been there first: a link would lead the job's files out of its directory."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise ClusterError(
+            f"the checkpoint directory {path} is a link, and checkpoints stay below RM_CHECKPOINT_ROOT: remove it"
+        )
+
+
 def clear_stale(root: Path) -> None:
     """Remove scratch directories whose runner is gone: it was killed before it could."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        # Its name is known beforehand, and the temporary directory is everybody's.
+        raise ClusterError(
+            f"{root} is a link or another user's, who could then change what jobs run: remove it, or set TMPDIR "
+            "where Ray is started"
+        )
     for path in root.iterdir():
         try:
             owner = int((path / OWNER_FILE).read_text())

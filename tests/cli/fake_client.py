@@ -66,8 +66,8 @@ class FakeClient(Client):
         self.node_views: list[NodeView] = []
         self.event_views: list[EventView] = []
         self.queue_views: list[QueueView] = []
-        self.applied: list[tuple[str, bool]] = []
-        """Text and `dry_run` of each rm.yaml that was to be applied."""
+        self.applied: list[tuple[str, bool, bool]] = []
+        """Text, `dry_run` and `force` of each rm.yaml that was to be applied."""
         self.warnings: list[str] = []
         self.consequences: list[str] = []
         self.audits: list[AuditView] = []
@@ -96,8 +96,8 @@ class FakeClient(Client):
     def stop_allocator(self, *, cancel_jobs: bool = False, keep_jobs: bool = False) -> None:
         self.stopped.append((cancel_jobs, keep_jobs))
 
-    def apply(self, text: str, *, dry_run: bool = False) -> dict[str, Any]:
-        self.applied.append((text, dry_run))
+    def apply(self, text: str, *, dry_run: bool = False, force: bool = False) -> dict[str, Any]:
+        self.applied.append((text, dry_run, force))
         return {"applied": not dry_run, "warnings": self.warnings, "consequences": self.consequences}
 
     def queues(self) -> list[QueueView]:

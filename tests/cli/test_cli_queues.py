@@ -53,14 +53,14 @@ def test_apply_sends_the_text_and_says_what_it_does(rmctl: Any, fake: FakeClient
     assert ran.code == 0
     assert ran.out == "queue b will be gone: 1 job (j2) waits until it is back\n"
     assert ran.err == "warning: queues.a.lend_limit: 6 is more than the 4 that a owns\napplied\n"
-    assert fake.applied == [("queues: {a: }\n", False)]
+    assert fake.applied == [("queues: {a: }\n", False, False)]
 
 
 def test_a_dry_run_applies_nothing(rmctl: Any, fake: FakeClient, tmp_path: Path) -> None:
     file = tmp_path / "rm.yaml"
     file.write_text("order: fifo")
     ran = rmctl("apply", "-f", str(file), "--dry-run")
-    assert fake.applied == [("order: fifo", True)]
+    assert fake.applied == [("order: fifo", True, False)]
     assert ran.err == "no live job is affected\nnot applied: this was a dry run\n"
     assert rmctl("apply", "--file", str(file), "--dry-run", "--json").json == {
         "applied": False, "warnings": [], "consequences": [],
@@ -70,7 +70,9 @@ def test_a_dry_run_applies_nothing(rmctl: Any, fake: FakeClient, tmp_path: Path)
 def test_apply_from_stdin(rmctl: Any, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("admins: [müller]".encode())))
     assert rmctl("apply", "-f", "-").code == 0
-    assert fake.applied == [("admins: [müller]", False)]
+    assert fake.applied == [("admins: [müller]", False, False)]
+    assert rmctl("apply", "--force", "-f", "-").code == 0
+    assert fake.applied[1:] == [("", False, True)], "read once"
 
 
 def test_apply_of_what_is_no_file(rmctl: Any, fake: FakeClient, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 import rm
 from rm import tables
-from rm.errors import AllocatorUnavailable, InternalError, NoAllocator, NoCluster, UnknownJob
+from rm.errors import AllocatorUnavailable, InternalError, NoAllocator, NoCluster, NotAllowed, UnknownJob
 
 HERE = Path(__file__).parent
 
@@ -83,6 +83,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     ("error", "code"),
     [
         (UnknownJob("no job 'j9'\nin  this ledger"), 2),
+        (NotAllowed("j12 belongs to ada; you are bob: ask ada, or an admin (carl)"), 2),
         (NoCluster("nothing at 127.0.0.1:1"), 3),
         (AllocatorUnavailable("no allocator runs"), 3),
         (InternalError("a rule was broken"), 1),

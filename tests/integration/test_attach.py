@@ -62,6 +62,8 @@ class Place:
         (self.tmp / "ray").mkdir(parents=True)
         self.token = self.home / ".ray" / "auth_token"
         self.default = self.tmp / "ray" / "ray_current_cluster"
+        self.warned = ""
+        """What the last process said on stderr."""
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -78,6 +80,7 @@ class Place:
             check=False,
         )
         assert child.returncode == 0, child.stderr[-3000:]
+        self.warned = child.stderr
         for secret in (*SECRETS, extra.get("RAY_AUTH_TOKEN")):
             assert not secret or secret not in child.stdout + child.stderr
         return [json.loads(line[5:]) for line in child.stdout.splitlines() if line.startswith("TELL ")]
@@ -260,6 +263,7 @@ def test_a_token_in_the_home_directory_does_for_either_cluster(
 ) -> None:
     """The mode follows the cluster, both ways, in one process: a leftover token does no harm, RAY_AUTH_MODE neither."""
     place.token.write_text(SECRETS[0] + "\n")
+    place.token.chmod(0o644)
     told = place.run(
         f"for address in {[rays[which].address for which in visited]!r}:\n"
         "    attempt(address); tell(works=actor_works()); ray.shutdown()",
@@ -268,6 +272,8 @@ def test_a_token_in_the_home_directory_does_for_either_cluster(
     assert all(each["works"] for each in told[1::2])
     open_mode = "disabled" if mode else None
     assert [each["mode"] for each in told[::2]] == [open_mode, "token", "disabled"][: len(visited)]
+    loose = place.warned.count(f"the token file {place.token} is open to others (mode 0644)")
+    assert loose == visited.count("closed"), "said where a token is used, and nowhere else"
 
 
 def test_a_closed_cluster_takes_its_token_from_where_ray_looks(

@@ -65,6 +65,14 @@ pytestmark = pytest.mark.ray
         ),
         ({"num_gpus": 1, "runtime_env": {"pipp": []}}, InvalidSpec, "runtime_env.pipp: unknown"),
         ({"num_gpus": 1, "env": {"A=B": "1"}}, InvalidSpec, "environment variable"),
+        ({"num_gpus": 1, "name": "a\nb"}, InvalidSpec, "name: must be at most 200 printable"),
+        ({"num_gpus": 1, "name": "\x1b]0;gotcha\x07"}, InvalidSpec, "name: must be at most 200 printable"),
+        ({"num_gpus": 1, "name": "a\u202egnp.exe"}, InvalidSpec, "name: must be at most 200 printable"),
+        ({"num_gpus": 1, "owner": "ada\x1b[2J"}, InvalidSpec, "owner: must be at most 200 printable"),
+        ({"num_gpus": 1, "owner": "a\u2066b"}, InvalidSpec, "owner: must be at most 200 printable"),
+        ({"num_gpus": 1, "queue": "../default"}, InvalidSpec, "queue: must be a queue's name"),
+        ({"num_gpus": 1, "queue": "default\n"}, InvalidSpec, "queue: must be a queue's name"),
+        ({"num_gpus": 1, "after": "../j1"}, InvalidSpec, "after: must be job ids"),
         ({"num_gpus": 1, "max_retries": -1}, InvalidSpec, "max_retries: must be"),
     ],
 )
@@ -208,9 +216,11 @@ def test_names_with_tricks_are_only_names(client) -> None:
         "../../x",
         "[red]x[/red]",
     ]
-    jobs = client.submit_many([{"entry": "true", "name": name} for name in tricks], num_gpus=1)
+    entries = [{"entry": "true", "name": name, "owner": name} for name in tricks]
+    jobs = client.submit_many(entries, num_gpus=1)
     for job, name in zip(jobs, tricks, strict=True):
         assert job.wait(60).status == "SUCCEEDED"
-        assert job.view().name == name
+        assert (job.view().name, job.view().owner) == (name, name)
+        assert [each.id for each in client.jobs(all=True, owner=name)] == [job.id]
         assert "<script>" not in job._repr_html_()
     assert not Path("/tmp/pwned").exists()

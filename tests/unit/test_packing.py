@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import subprocess
 import sys
 import zipfile
@@ -54,13 +56,57 @@ def test_a_directory_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: p
         pack_directory(tmp_path)
 
 
-def test_an_archive_that_would_leave_its_directory_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "{outside}/evil", "./../evil", "../work-evil/x"])
+def test_an_archive_that_would_leave_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "work"
+    target.mkdir()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("../evil", "x")
+        archive.writestr(name.format(outside=tmp_path), "x")
     with pytest.raises(ClusterError, match="outside"):
+        unpack(buffer.getvalue(), target)
+    assert [each.name for each in tmp_path.rglob("*")] == ["work"]
+
+
+@pytest.mark.parametrize(
+    "kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK], ids=oct
+)
+def test_an_archive_of_links_or_devices_is_refused(tmp_path: Path, kind: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        member = zipfile.ZipInfo("way\x1b[2Jout")
+        member.external_attr = (kind | 0o777) << 16
+        archive.writestr(member, "/etc")
+        archive.writestr("way\x1b[2Jout/passwd", "x")
+    with pytest.raises(ClusterError, match="a link or a device") as caught:
         unpack(buffer.getvalue(), tmp_path)
-    assert not (tmp_path.parent / "evil").exists()
+    assert str(caught.value).isprintable(), "the member's name does nothing to a terminal"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_gives_no_file_more_than_permissions(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        member = zipfile.ZipInfo("run")
+        member.external_attr = (stat.S_IFREG | 0o6755) << 16
+        archive.writestr(member, "x")
+    unpack(buffer.getvalue(), tmp_path)
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o755, "neither setuid nor setgid"
+
+
+def test_what_is_no_file_does_not_travel(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    for each in (source, target, tmp_path / "elsewhere"):
+        each.mkdir()
+    os.mkfifo(source / "pipe")
+    (source / "directory").symlink_to(tmp_path / "elsewhere")
+    (source / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "elsewhere" / "file").write_text("shared")
+    (source / "file").symlink_to(tmp_path / "elsewhere" / "file")
+    unpack(pack_directory(source), target)
+    assert [each.name for each in target.rglob("*")] == ["file"]
+    assert not (target / "file").is_symlink(), "a link to a file travels as the file"
+    assert (target / "file").read_text() == "shared"
 
 
 def test_a_function_of_a_module_that_is_installed_nowhere_travels_by_value(tmp_path: Path) -> None:
