@@ -450,6 +450,8 @@ class Config(BaseSettings):
     """Where jobs keep checkpoints. On several machines this must be a shared file system. Empty: in `home`."""
     node_poll_s: Annotated[float, Field(gt=0)] = 0.5
     """How often Ray's view of the nodes is read when nothing is in transition."""
+    audit_every_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long after one audit the next begins."""
     reserve_timeout_s: Annotated[float, Field(gt=0)] = 20.0
     """How long a pinned placement group may stay pending before the plan is given up and made anew."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -55,7 +55,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
     nodes = [cluster.head_node]
     for kind in ("A100", "H100"):
         nodes.append(cluster.add_node(**node, labels={"ray.io/accelerator-type": kind}))
-    client = rm.connect(cluster.address, config=Config(home=home, checkpoint_root=str(home / "checkpoints")))
+    config = Config(home=home, checkpoint_root=str(home / "checkpoints"), audit_every_s=5)
+    client = rm.connect(cluster.address, config=config)
     try:
         yield SimpleNamespace(cluster=cluster, client=client, home=home, address=cluster.address, nodes=nodes)
     finally:

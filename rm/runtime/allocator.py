@@ -147,6 +147,7 @@ class Allocator:
             request=self._writer.request,
             clock=time.time,
             node_poll_s=config.node_poll_s,
+            every_s=config.audit_every_s,
         )
         # Observe first: what groups exist decides what is ours, and what is free.
         await self._placements.find()

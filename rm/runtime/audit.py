@@ -51,7 +51,6 @@ from rm.views import AuditView, FindingView
 
 log = logging.getLogger("rm.audit")
 
-EVERY_S = 30.0
 SECOND_LOOK_S = 2.0
 """At least so long between two looks. Ray reports resources every 100 ms, and a commit takes less."""
 REPAIRED_S = 10.0
@@ -78,7 +77,9 @@ class Audit:
         request: Callable[[Event], Awaitable[None]],
         clock: Callable[[], float],
         node_poll_s: float,
+        every_s: float,
     ) -> None:
+        self._every_s = every_s
         self._ledger_key = ledger_key
         self._placements = placements
         self._runners = runners
@@ -99,11 +100,11 @@ class Audit:
     async def run(self) -> None:
         """Audit for ever. An audit that fails (the GCS restarts) is logged, and the next one comes."""
         while True:
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(self._every_s)
             try:
                 await self.audit()
             except Exception:
-                log.warning("the audit failed; the next is in %g s", EVERY_S, exc_info=True)
+                log.warning("the audit failed; the next is in %g s", self._every_s, exc_info=True)
 
     async def audit(self) -> AuditView:
         """One audit. Raises what Ray raises where its tables can't be read."""
