@@ -101,32 +101,31 @@ def test_a_driver_that_ends_takes_its_job_along(run, head, tmp_path: Path, how: 
     assert all(each.attempt is None for each in jobs_in_ledger(head).values()), "nothing is charged"
 
 
-def test_detach_lets_the_driver_go_and_the_job_run(run, head, tmp_path: Path) -> None:
-    (tmp_path / "main.py").write_text(
-        "import rm, helper\nrm.require_gpus(1, detach=True, name='on-its-own')\nprint('done', helper.WORD)\n"
+def test_the_environment_of_one_ray_job_is_not_anothers_a_failure_is_passed_on_and_detach_lets_the_driver_go(
+    run, head, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        directory.mkdir()
+    (first / "main.py").write_text(
+        "import rm, os, sys\nrm.require_gpus(1)\nprint('reversed', os.environ['SECRET'][::-1])\nsys.exit(3)\n"
     )
-    (tmp_path / "helper.py").write_text("WORD = 'shipped'\n")
-    done = run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "main.py")
+    submit = ["ray", "job", "submit", "--working-dir"]
+    secret = ["--runtime-env-json", '{"env_vars": {"SECRET": "xyzzy"}}']
+    failed = run(*submit, str(first), *secret, "--", "python", "main.py")
+    assert failed.returncode != 0
+    assert "reversed yzzyx" in failed.stdout
+    assert "exited with code 3" in failed.stdout + failed.stderr
+
+    (second / "main.py").write_text(
+        "import rm, helper, os\nrm.require_gpus(1, detach=True, name='on-its-own')\n"
+        "print('done', helper.WORD, os.environ.get('SECRET'))\n"
+    )
+    (second / "helper.py").write_text("WORD = 'shipped'\n")
+    done = run(*submit, str(second), "--", "python", "main.py")
     assert done.returncode == 0, done.stdout + done.stderr
     (job_id,) = re.findall(r"(j\d+) submitted", done.stdout)
     followed = run("rmctl", "logs", "--follow", job_id)
-    assert followed.stdout == "done shipped\n", followed.stderr
+    assert followed.stdout == "done shipped None\n", followed.stderr
     assert jobs_in_ledger(head)[job_id].status is Status.SUCCEEDED
-
-
-def test_the_environment_of_one_ray_job_is_not_anothers_and_a_failure_is_passed_on(
-    run, tmp_path: Path
-) -> None:
-    (tmp_path / "main.py").write_text(
-        "import rm, os, sys\nrm.require_gpus(1)\nsecret = os.environ.get('SECRET')\nprint('secret is', secret)\n"
-        "sys.exit(0 if secret else 3)\n"
-    )
-    submit = ["ray", "job", "submit", "--working-dir", str(tmp_path)]
-    first = run(*submit, "--runtime-env-json", '{"env_vars": {"SECRET": "xyzzy"}}', "--", "python", "main.py")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "secret is xyzzy" in first.stdout
-    second = run(*submit, "--", "python", "main.py")
-    assert second.returncode != 0
-    assert "secret is None" in second.stdout
-    assert "exited with code 3" in second.stdout + second.stderr
     assert "xyzzy" not in run("rmctl", "ls", "--all", "--json").stdout

@@ -154,16 +154,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempt]:
-    """The digits, learnt in one process that nobody disturbed."""
-    with attempts_in(tmp_path_factory.mktemp("digits")) as start:
-        yield start("train_digits.py").succeeded()
-
-
 @pytest.mark.torch
 class TestDigits:
-    def test_learns(self, digits: Attempt) -> None:
+    def test_learns_and_goes_on_with_no_other_training(self, start: Start) -> None:
+        digits = start("train_digits.py").succeeded()
         accuracy = digits.number(r"test accuracy (0\.\d{4})")
         assert accuracy >= 0.97
         assert digits.output.splitlines()[-1].startswith("test accuracy")
@@ -172,6 +166,11 @@ class TestDigits:
         assert metrics["step"] == metrics["total"] > 200
         assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=1e-4)
         assert 0 < metrics["loss"] < 0.5
+
+        checkpoints = digits.directory.parent / "checkpoints"
+        other = start("train_digits.py", "--lr", 0.5, "--checkpoint-dir", checkpoints)
+        assert other.ended() == [1], "another training's checkpoint is refused"
+        other.said(r".*train_digits.pt is of another training \(lr 0.003, now 0.5\): .*--checkpoint-dir")
 
     def test_a_gang_killed_and_resumed_ends_with_the_same_bits(self, start: Start, tmp_path: Path) -> None:
         steps = ("--steps", 80)
@@ -215,13 +214,6 @@ class TestDigits:
         expected = torch.load(undisturbed.directory / "weights.pt", weights_only=True)
         got = torch.load(alone.directory / "weights.pt", weights_only=True)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-
-    def test_a_checkpoint_of_another_training_is_refused(self, digits: Attempt, start: Start) -> None:
-        other = start(
-            "train_digits.py", "--lr", 0.5, "--checkpoint-dir", digits.directory.parent / "checkpoints"
-        )
-        assert other.ended() == [1]
-        other.said(r".*train_digits.pt is of another training \(lr 0.003, now 0.5\): .*--checkpoint-dir")
 
 
 @pytest.mark.torch
