@@ -568,7 +568,6 @@ class ClusterState:
         """A job has ended after so much run time, however it ended: it held its GPUs for as long."""
         if not self.learns:
             return
-        ran_s = max(0.0, ran_s)  # less, by what a clock said that was set back meanwhile
         self.predictor.learn(job, ran_s)
         self.remaining.learn(job, ran_s)
 

@@ -150,7 +150,7 @@ class Ledger:
         return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
 
     def newest(self) -> float:
-        """The newest time of the latest events and of the owners' use, in seconds since the epoch; 0 where there is none.
+        """The newest time of the latest events and of the owners' use: seconds since the epoch, 0 where there is none.
 
         By number and not by time, which has no index: an event is stamped shortly before it gets its number.
         """
