@@ -13,6 +13,7 @@ words, for whatever the world has done to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -156,8 +157,8 @@ class Ledger:
         """
         latest = select(events.c.at).order_by(events.c.seq.desc()).limit(LATEST).subquery()
         found = [
-            self._read(select(func.max(latest.c.at)))[0][0],
-            self._read(select(func.max(usage.c.at)))[0][0],
+            self._read(select(func.max(latest.c.at)).where(latest.c.at < inf))[0][0],
+            self._read(select(func.max(usage.c.at)).where(usage.c.at < inf))[0][0],
         ]
         return max((float(at) for at in found if at is not None), default=0.0)
 

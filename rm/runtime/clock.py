@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,8 @@ class Anchor:
         """Seconds; None where this life has written nothing."""
         try:
             said = json.loads(self._path.read_text())
-            return float(said["ahead_s"]) if said["life"] == self._life else None
+            ahead_s = float(said["ahead_s"])
+            return ahead_s if said["life"] == self._life and math.isfinite(ahead_s) else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

@@ -175,6 +175,7 @@ def test_times_that_are_no_numbers_do_no_harm(ledger: Ledger) -> None:
         )
     assert [repr(job.submitted_at) for job in ledger.load().jobs] == ["nan", "inf", "-inf"]
     assert [each.at for each in ledger.events()] == [0.0, float("inf"), float("-inf")]
+    assert ledger.newest() == 0.0
 
 
 def test_everything_that_the_core_may_say_survives_the_database(ledger: Ledger) -> None:

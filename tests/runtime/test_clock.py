@@ -146,7 +146,9 @@ def test_after_a_crash_it_goes_on_and_a_new_start_takes_the_wall(
     assert "before it crashed" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"life": "a life", "ahead_s": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"life": "a life", "ahead_s": null}', '{"life": "a life", "ahead_s": NaN}']
+)
 def test_an_anchor_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
     machine, path = Machine(), tmp_path / "clock.json"
     assert machine.clock(anchor=Anchor(path, "a life"))() == NOON
