@@ -179,6 +179,7 @@ class _Reporter:
         self._metrics: dict[str, Scalar] = {}
         self._at = 0.0  # unix seconds of the latest report
         self._checkpoint_at: float | None = None  # unix seconds
+        self._checkpoint_monotonic = 0.0  # the same moment, seconds on this node's monotonic clock
         self._pending = False
         self._written_at = -math.inf  # monotonic seconds
         self._registered = False
@@ -190,6 +191,7 @@ class _Reporter:
             self._at = time.time()
             if checkpoint:
                 self._checkpoint_at = self._at
+                self._checkpoint_monotonic = time.monotonic()
             self._pending = True
             if not self._registered:
                 self._registered = True
@@ -210,6 +212,7 @@ class _Reporter:
                 said: dict[str, Any] = {"at": self._at, "metrics": self._metrics}
                 if self._checkpoint_at is not None:
                     said["checkpoint_at"] = self._checkpoint_at
+                    said["checkpoint_monotonic"] = self._checkpoint_monotonic
                 _replace_text(Path(path), json.dumps(said))
             except (OSError, ValueError) as error:
                 self._pending = True

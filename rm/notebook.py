@@ -105,7 +105,7 @@ def _gpus(view: JobView) -> str:
 
 
 def _times(view: JobView) -> str:
-    end = view.ended_at or time.time()
+    end = view.ended_at or view.as_of or time.time()
     if view.started_at is None:
         return f"waited {_span(end - view.submitted_at)}"
     ran, waited = _span(end - view.started_at), _span(view.started_at - view.submitted_at)

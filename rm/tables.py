@@ -94,7 +94,7 @@ def gpus(view: JobView) -> str:
 
 def times(view: JobView, now: float | None = None) -> str:
     """How long it has waited, or runs, or ran."""
-    end = view.ended_at or now or time.time()
+    end = view.ended_at or now or view.as_of or time.time()
     if view.started_at is None:
         return f"{'waited' if view.ended_at else 'waits'} {span(end - view.submitted_at)}"
     return f"{'ran' if view.ended_at else 'runs'} {span(end - view.started_at)}"

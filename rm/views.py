@@ -68,6 +68,8 @@ class JobView:
     array_index: int | None = None
     array_counts: dict[str, int] | None = None
     """For an array as a whole: how many of its jobs have which status."""
+    as_of: float | None = None
+    """When this was read, by the clock that its other times are of."""
 
     @property
     def ended(self) -> bool:
@@ -199,6 +201,7 @@ def job_view(
     node_names: dict[str, str] | None = None,
     ranks: int = 1,
     reason: Reason | None = None,
+    as_of: float | None = None,
 ) -> JobView:
     """The view of a core record. `reason` overrides the recorded one (readers compute it fresh)."""
     names = node_names or {}
@@ -239,6 +242,7 @@ def job_view(
         held_gpus=gpu_count(job.held_units),
         array=job.array,
         array_index=job.array_index,
+        as_of=as_of,
     )
 
 

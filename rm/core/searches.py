@@ -177,7 +177,7 @@ class Searches:
             if failed.spared_until < inf:
                 self._wake(failed.spared_until)
             return self._now < failed.spared_until
-        if self._now < failed.at + AGAIN_S:
+        if failed.at <= self._now < failed.at + AGAIN_S:
             self._wake(failed.at + AGAIN_S)
             return True
         return False

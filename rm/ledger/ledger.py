@@ -13,6 +13,7 @@ words, for whatever the world has done to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -41,6 +42,8 @@ POLICY = "policy"
 """The row of `meta` that holds the rules in force."""
 FIRST_SEQ = "first_seq"
 """The row of `meta` below which no number is given again: a restored backup's. Later jobs had those numbers."""
+LATEST = 1_000
+"""Events among which the newest time is looked for."""
 KEYS_AT_ONCE = 1_000
 """Most parameters of one query; SQLite allows 32,766."""
 
@@ -146,6 +149,18 @@ class Ledger:
         if not rows:
             raise UnknownJob(f"there is no job {job_id!r} in the ledger", field="job_id")
         return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
+
+    def newest(self) -> float:
+        """The newest time of the latest events and of the owners' use: seconds since the epoch, 0 where there is none.
+
+        By number and not by time, which has no index: an event is stamped shortly before it gets its number.
+        """
+        latest = select(events.c.at).order_by(events.c.seq.desc()).limit(LATEST).subquery()
+        found = [
+            self._read(select(func.max(latest.c.at)).where(latest.c.at < inf))[0][0],
+            self._read(select(func.max(usage.c.at)).where(usage.c.at < inf))[0][0],
+        ]
+        return max((float(at) for at in found if at is not None), default=0.0)
 
     def policy(self) -> AppliedPolicy | None:
         """The rules in force, or None where none were ever applied."""

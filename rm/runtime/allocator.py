@@ -38,6 +38,7 @@ from rm.errors import (
 )
 from rm.ledger import Ledger
 from rm.runtime.audit import Audit
+from rm.runtime.clock import Anchor, Clock, boot_id
 from rm.runtime.drafts import Dependencies, draft
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
@@ -85,7 +86,6 @@ class Allocator:
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         self._config = config
-        self._began = time.time()
         self._ready = asyncio.Event()
         self._broken: Exception | None = None
         self._closing = False
@@ -113,12 +113,17 @@ class Allocator:
     async def _recover(self) -> None:
         config = self._config
         self._ledger = await asyncio.to_thread(Ledger.open, config.ledger_url)
+        # Ray starts a crashed actor again under the same id; a new allocator has another.
+        life = f"{ray.get_runtime_context().get_actor_id()} {boot_id()}"
+        anchor = Anchor(config.home / "clock.json", life)
+        self._clock = Clock(await asyncio.to_thread(self._ledger.newest), anchor)
+        self._began = self._clock()
         self._placements = Placements(self._ledger.key)
         runners = Runners(self._ledger.key)
         self._watch = NodeWatch(
             lambda event: self._writer.post(event),
             self._placements.ours,
-            clock=time.time,
+            clock=self._clock,
             poll_s=config.node_poll_s,
         )
         self._gangs = Gangs(
@@ -128,12 +133,12 @@ class Allocator:
             runners,
             self._watch,
             lambda event: self._writer.post(event),
-            time.time,
+            self._clock,
             self._keep_progress,
         )
         self._writer = Writer(
             self._ledger,
-            clock=time.time,
+            clock=self._clock,
             execute=self._gangs.execute,
             max_pending=config.max_pending,
             check=bool(os.environ.get("RM_CHECK")),
@@ -145,7 +150,7 @@ class Allocator:
             self._gangs,
             view=self._writer.view,
             request=self._writer.request,
-            clock=time.time,
+            clock=self._clock,
             node_poll_s=config.node_poll_s,
             every_s=config.audit_every_s,
         )
@@ -188,7 +193,7 @@ class Allocator:
             await asyncio.sleep(HOLDERS_LOOK_S)
             for held in self._holders.silent():
                 for job_id in self._live_members(held) or [held]:
-                    self._writer.post(StopRequested(time.time(), job_id, StopCause.HOLDER_LOST))
+                    self._writer.post(StopRequested(self._clock(), job_id, StopCause.HOLDER_LOST))
 
     async def _look_at_node_types(self) -> None:
         while True:
@@ -229,7 +234,7 @@ class Allocator:
             waits = Dependencies(self._writer, self._ledger)
             await waits.settle(name for spec, _ in new for name in spec.after)
             # From here to the writer's inbox nothing is waited for: what was settled stays so.
-            policy, shapes, now = self._writer.state.policy, self._writer.state.node_shapes(), time.time()
+            policy, shapes, now = self._writer.state.policy, self._writer.state.node_shapes(), self._clock()
             drafts = [
                 (spec, key, draft(spec, policy, shapes, waits.left(spec.after), now)) for spec, key in new
             ]
@@ -316,7 +321,7 @@ class Allocator:
         stops = []
         for job in await self._live(job_id):
             cause = StopCause.RELEASED if released and job.kind is Kind.LEASE else StopCause.CANCELLED
-            stops.append(StopRequested(time.time(), job.id, cause, "" if released else by))
+            stops.append(StopRequested(self._clock(), job.id, cause, "" if released else by))
         await self._writer.request_all(stops)
         return await self._look(job_id)
 
@@ -335,7 +340,7 @@ class Allocator:
                 f"{job_id} is {view.status}: only what is queued can be {'held' if held else 'released'}",
                 job=job_id,
             )
-        now = time.time()
+        now = self._clock()
         await self._writer.request_all([HoldChanged(now, job.id, held, by) for job in queued])
         return await self._look(job_id)
 
@@ -419,7 +424,7 @@ class Allocator:
             )
         self._closing = True
         for job in live:
-            await self._writer.request(StopRequested(time.time(), job.id, StopCause.CANCELLED, by))
+            await self._writer.request(StopRequested(self._clock(), job.id, StopCause.CANCELLED, by))
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
         self._writer.stop()
@@ -470,7 +475,7 @@ class Allocator:
         rights.require_name(by)
         rights.require_admin("cordon nodes", by, self._admins)
         chosen = named(nodes, self._writer.view().nodes)
-        now = time.time()
+        now = self._clock()
         deadline = None if deadline_s is None else now + deadline_s
         await self._writer.request_all(
             [NodeCordoned(now, node.id, by, reason, drain, deadline) for node in chosen]
@@ -483,7 +488,7 @@ class Allocator:
         rights.require_name(by)
         rights.require_admin("uncordon nodes", by, self._admins)
         chosen = named(nodes, self._writer.view().nodes)
-        now = time.time()
+        now = self._clock()
         await self._writer.request_all([NodeUncordoned(now, node.id, by) for node in chosen])
         return self._still_there(chosen)
 
@@ -497,7 +502,7 @@ class Allocator:
         job = await self._find(job_id)
         if job.status is not Status.QUEUED:
             return {"p50_s": None, "p90_s": None, "basis": f"it does not wait: it is {job.status}"}
-        twin = Twin(self._writer.state, time.time())
+        twin = Twin(self._writer.state, self._clock())
         return asdict(await asyncio.to_thread(twin.forecast, job_id))
 
     async def audit(self, *, look: bool = True) -> AuditView:
@@ -536,9 +541,11 @@ class Allocator:
             return
         report = dict(report)
         age_s = report.pop("checkpoint_age_s", None)
-        if age_s is not None:
-            # Its age, not its time: the clocks of nodes differ. The same one may be reported again.
-            at = time.time() - age_s
+        told = self._last_progress.get(job_id, {}).get("checkpoint_at")
+        # The same one is reported again and again. By its time there: its age drifts while our clock is slewed.
+        if age_s is not None and (told is None or report.get("checkpoint_at") != told):
+            # Its age, not its time: the clocks of nodes differ.
+            at = self._clock() - age_s
             if at > (job.attempt.checkpoint_at or 0.0) + SAME_CHECKPOINT_S:
                 self._writer.post(CheckpointReported(at, job_id, attempt))
         self._last_progress[job_id] = report
@@ -633,7 +640,7 @@ class Allocator:
         if specs is None:
             specs = [await self._spec(job.id) for job in jobs]
         names = {node.id: node.name for node in self._writer.view().nodes.values()}
-        reasons = self._reasons(jobs)
+        reasons, now = self._reasons(jobs), self._clock()
         return [
             job_view(
                 job,
@@ -643,6 +650,7 @@ class Allocator:
                 ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units)
                 * (len(job.attempt.placed) if job.attempt else job.gang.count),
                 reason=reasons.get(job.id),
+                as_of=now,
             )
             for job, spec in zip(jobs, specs, strict=True)
         ]
@@ -652,7 +660,7 @@ class Allocator:
         live = self._writer.state.jobs
         known = [live[job.id] for job in jobs if job.status is Status.QUEUED and job.id in live]
         queued = [job for job in known if job.status is Status.QUEUED]
-        return why_each(self._writer.state, queued, time.time()) if queued else {}
+        return why_each(self._writer.state, queued, self._clock()) if queued else {}
 
     async def _spec(self, job_id: str) -> JobSpec:
         if job_id not in self._specs:

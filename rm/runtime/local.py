@@ -181,7 +181,8 @@ class LocalRay:
         """The cluster that was started for `home` and still runs. The remains of one that is gone are removed."""
         path = Path(home, _RECORD).absolute()
         try:
-            fresh = time.time() - path.stat().st_mtime < FRESH_S
+            # A clock that was set back must not make it fresh for as long as that.
+            fresh = abs(time.time() - path.stat().st_mtime) < FRESH_S
             local = cls(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None

@@ -191,11 +191,15 @@ class Runner:
 
 
 def _aged(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as it leaves the node: with the age of its checkpoint, because the clocks of nodes differ."""
-    at = report.get("checkpoint_at")
-    if not isinstance(at, int | float):
-        return report
-    return {**report, "checkpoint_age_s": max(0.0, time.time() - at)}
+    """The report as it leaves the node: with the age of its checkpoint, because the clocks of nodes differ.
+
+    The age is on the monotonic clock, which all processes of a node share: the wall may have been stepped meanwhile.
+    """
+    aged = dict(report)
+    at = aged.pop("checkpoint_monotonic", None)
+    if isinstance(at, int | float):
+        aged["checkpoint_age_s"] = max(0.0, time.monotonic() - at)
+    return aged
 
 
 def _describe(exit_: RankExit, node_name: str) -> str:

@@ -38,6 +38,14 @@ def test_ls_shows_who_waits_and_why(rmctl: Any, fake: FakeClient) -> None:
     assert ran.err == ""
 
 
+def test_durations_are_counted_by_the_clock_of_the_allocator(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", as_of=1_700_000_070.0), view("j2", "QUEUED", as_of=1_700_000_070.0))
+    out = rmctl("ls").out
+    assert "runs 1 min 00 s" in out
+    assert "waits 1 min 10 s" in out
+    assert "runs 1 min 00 s" in rmctl("show", "j1").out
+
+
 def test_ls_all_mine_and_owner(rmctl: Any, fake: FakeClient) -> None:
     fake.add(view("j1"), view("j2", "FAILED", outcome=FAILED, owner="bob"))
     assert "j2" not in rmctl("ls").out

@@ -16,7 +16,7 @@ from rm.core.events import (
     RunStarted,
 )
 from rm.core.model import Kind, Outcome, Status, Strategy
-from rm.core.policy import Policy, QueuePolicy
+from rm.core.policy import Policy, Preempt, QueuePolicy
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
 from rm.errors import InvalidTransition
@@ -328,3 +328,19 @@ def test_two_cycles_agree_on_what_is_kept_without_a_date() -> None:
     for queue, gpus in (("a", 0.5), ("a", 2), ("b", 8), ("b", 2), ("b", 0.5), ("a", 0.5)):
         fake.submit(gpus, queue=queue, behaviour=Behaviour(1e6))
     fake.check()
+
+
+def test_a_search_that_failed_by_a_later_clock_is_made_again() -> None:
+    fake = FakeCluster(policy=Policy({"a": QueuePolicy("a", preempt=Preempt.LOWER)}, default_queue="a"))
+    fake.now = 1_000_000.0
+    fake.add_node("n", 2)
+    forever = Behaviour(1e9)
+    firm = fake.submit(1, queue="a", preemptible=False, behaviour=forever)
+    soft = fake.submit(1, queue="a", behaviour=forever)
+    fake.run(lambda: status(fake, firm) is status(fake, soft) is Status.RUNNING)
+    fake.now += 100.0
+    fake.submit(2, priority=100, queue="a")
+    assert status(fake, soft) is Status.RUNNING, "to stop it would not be enough"
+    fake.now -= 50.0
+    fake.happen(RunExited(fake.now, firm, 1, Outcome(Status.SUCCEEDED)))
+    assert status(fake, soft) is Status.STOPPING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -44,6 +45,8 @@ def test_the_allocator_is_killed_and_running_jobs_do_not_notice(client, tmp_path
     queued = client.submit("echo second", nodes=3, gpus_per_node=8)
     wait_until(lambda: running.status == "RUNNING", what="it runs")
     before = processes_of(running.id)
+    anchor = Path(client.hello()["home"], "clock.json")
+    life = json.loads(anchor.read_text())["life"]
     for _ in range(2):
         pid = client.hello()["pid"]
         os.kill(pid, signal.SIGKILL)
@@ -51,6 +54,7 @@ def test_the_allocator_is_killed_and_running_jobs_do_not_notice(client, tmp_path
         assert running.status == "RUNNING"
         assert queued.status == "QUEUED"
         assert processes_of(running.id) == before, "the very same processes go on"
+        assert json.loads(anchor.read_text())["life"] == life, "and the same clock"
     assert sum(node.charged_gpus for node in client.nodes()) == 24
     gate.touch()
     assert running.wait(60).status == "SUCCEEDED"

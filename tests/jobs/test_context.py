@@ -239,10 +239,11 @@ class TestReport:
 
     def test_a_checkpoint_is_told_at_once_and_remembered(self, report_file: Path) -> None:
         context.report(step=1)
-        before = time.time()
+        before, began = time.time(), time.monotonic()
         context.checkpointed()
         told = json.loads(report_file.read_text())
         assert before <= told["checkpoint_at"] <= time.time()
+        assert began <= told["checkpoint_monotonic"] <= time.monotonic()
         assert told["metrics"] == {"step": 1}
         time.sleep(1.5 * context.WRITE_INTERVAL_S)
         context.report(step=2)

@@ -16,6 +16,7 @@ from ledger_strategies import events, jobs
 from sqlalchemy import text
 
 from rm.core.events import Event, NodeJoined, ReserveFailed, RunExited
+from rm.core.fairshare import Usage
 from rm.core.model import Job, Outcome, Status
 from rm.errors import LedgerUnavailable, UnknownJob
 from rm.ledger import Accepted, Batch, Ledger
@@ -41,6 +42,16 @@ def test_a_new_ledger_is_empty(ledger: Ledger) -> None:
     assert ledger.load().next_seq == 1
     assert ledger.events() == []
     assert ledger.count_events() == 0
+
+
+def test_the_newest_time_is_that_of_the_latest_events_and_of_the_use(ledger: Ledger) -> None:
+    assert ledger.newest() == 0
+    ledger.commit(submission(1, 2, 3))
+    assert ledger.newest() == 1003.0
+    ledger.commit(Batch(events=[row(NodeJoined(900.0, "n", "n", 8, 0, 0))]))
+    assert ledger.newest() == 1003.0, "an event may be committed a little after a later one"
+    ledger.commit(Batch(usage=[(("default", "ann"), Usage(1.0, 0, 1500.5))]))
+    assert ledger.newest() == 1500.5
 
 
 def test_the_key_is_drawn_once(opened: Open, url: str) -> None:
@@ -164,6 +175,7 @@ def test_times_that_are_no_numbers_do_no_harm(ledger: Ledger) -> None:
         )
     assert [repr(job.submitted_at) for job in ledger.load().jobs] == ["nan", "inf", "-inf"]
     assert [each.at for each in ledger.events()] == [0.0, float("inf"), float("-inf")]
+    assert ledger.newest() == 0.0
 
 
 def test_everything_that_the_core_may_say_survives_the_database(ledger: Ledger) -> None:

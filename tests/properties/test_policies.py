@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rm.core import preemption
+from rm.core.cycle import why_each
 from rm.core.events import CheckpointReported, HoldChanged, JobAdmitted, StopRequested
+from rm.core.forecast import Twin
 from rm.core.model import Status, StopCause, Strategy
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
 from rm.core.resources import GPU_UNIT
@@ -203,10 +206,45 @@ class AnyPolicy(RuleBasedStateMachine):
         ]
 
 
-AnyPolicy.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+class AnyClock(AnyPolicy):
+    """The same, and the clock is set forwards and back. The core is given times that go backwards, and carries on."""
+
+    @rule(step_s=st.sampled_from([-100_000.0, -700.0, -20.0, -2.0, -0.5, 30.0, 5_000.0, 100_000.0]))
+    def set_the_clock(self, step_s: float) -> None:
+        self.fake.now = max(0.0, self.fake.now + step_s)
+        self.fake.dates.clear()  # what was promised was promised by another clock
+        self.fake.happen()
+
+    @rule()
+    def ask_why(self) -> None:
+        waiting = [job for job in self.fake.state.jobs.values() if job.status is Status.QUEUED]
+        assert len(why_each(self.fake.state, waiting, self.fake.now)) == len(waiting)
+        for job in waiting[:1]:
+            forecast = Twin(self.fake.state, self.fake.now).forecast(job.id)
+            assert all(each is None or each >= 0 for each in (forecast.p50_s, forecast.p90_s))
+
+    @invariant()
+    def use_is_never_negative(self) -> None:
+        state = self.fake.state
+        for usage in state.books.usage.values():
+            assert usage.average >= 0
+            assert usage.current >= 0
+            for now in (self.fake.now, usage.at - 1e6, 0.0):
+                assert usage.standing(now, state.policy.half_life_s) >= 0
+
+    @invariant()
+    def nobody_ran_or_loses_less_than_nothing(self) -> None:
+        for job in self.fake.state.jobs.values():
+            assert job.ran_s >= 0
+            assert job.attempt is None or preemption.loss(job, self.fake.now) >= 0
+
+
+for machine in (AnyPolicy, AnyClock):
+    machine.TestCase.settings = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
 TestAnyPolicy = AnyPolicy.TestCase
+TestAnyClock = AnyClock.TestCase

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rm.core.resources import GPU_UNIT, Bundle
 from rm.errors import Busy, LedgerUnavailable
 from rm.ledger import Batch, Ledger
 from rm.runtime import writer as writer_module
+from rm.runtime.clock import Clock
 from rm.runtime.writer import Writer
 from rm.spec import JobSpec, build_spec
 
@@ -60,6 +61,11 @@ class World:
         self.hold_runs = False
         self.fate = Status.SUCCEEDED
         self.asked: list[tuple[str, str, int]] = []
+        self.clock: Callable[[], float] | None = None
+        """What stamps the answers; without one they have numbers."""
+
+    def at(self, number: float) -> float:
+        return number if self.clock is None else self.clock()
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -70,13 +76,13 @@ class World:
         assert self.writer is not None
         key = effect.job_id, effect.attempt
         if isinstance(effect, Reserve):
-            self.writer.post(PlacementReady(1, *key))
+            self.writer.post(PlacementReady(self.at(1), *key))
         elif isinstance(effect, Run):
-            self.writer.post(RunStarted(1, *key))
+            self.writer.post(RunStarted(self.at(1), *key))
             if not self.hold_runs:
-                self.writer.post(RunExited(2, *key, Outcome(self.fate)))
+                self.writer.post(RunExited(self.at(2), *key, Outcome(self.fate)))
         elif isinstance(effect, Release):
-            self.writer.post(PlacementReleased(3, *key))
+            self.writer.post(PlacementReleased(self.at(3), *key))
 
 
 def draft(key: str, gpus: int = 1, **fields: Any) -> tuple[JobSpec, str, Any]:
@@ -93,16 +99,25 @@ async def until(condition: Any, timeout_s: float = 10) -> None:
     await asyncio.wait_for(poll(), timeout_s)
 
 
-def with_writer(tmp_path: Path, body: Any, gpus: int = 4, **options: Any) -> None:
+def with_writer(
+    tmp_path: Path, body: Any, gpus: int = 4, clock: Callable[[], float] | None = None, **options: Any
+) -> None:
     """Run `body(writer, world, ledger)` in a loop with a started writer."""
 
     async def main() -> None:
         ledger = Flaky(Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite"))
         world = World()
-        writer = Writer(ledger, clock=lambda: 0.0, execute=world.execute, check=True, **options)  # type: ignore[arg-type]
+        world.clock = clock
+        writer = Writer(
+            ledger,  # type: ignore[arg-type]
+            clock=clock or (lambda: 0.0),
+            execute=world.execute,
+            check=True,
+            **options,
+        )
         world.writer = writer
         writer.recover()
-        writer.post(NodeJoined(0, "n", "n", gpus, 8000, 2**30))
+        writer.post(NodeJoined(world.at(0), "n", "n", gpus, 8000, 2**30))
         writer.start_scheduling()
         task = asyncio.create_task(writer.run())
         try:
@@ -352,3 +367,35 @@ def test_who_waits_for_an_array_hears_of_its_jobs(tmp_path: Path) -> None:
         await until(lambda: len(writer.view().ended) == 2)
 
     with_writer(tmp_path, body)
+
+
+@pytest.mark.parametrize("step_s", [86_400.0, -86_400.0])
+def test_a_time_limit_is_over_after_its_real_duration_whatever_becomes_of_the_wall(
+    tmp_path: Path, step_s: float
+) -> None:
+    now = {"wall": 1.7e9, "monotonic": 50.0}
+    clock = Clock(wall=lambda: now["wall"], monotonic=lambda: now["monotonic"])
+
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        async def after(seconds: int) -> set[Status]:
+            """Time passes, with a look at the clock every second, and then the writer has a turn."""
+            for _ in range(seconds):
+                now["wall"] += 1.0
+                now["monotonic"] += 1.0
+                clock()
+            await writer.request(NodeUncordoned(clock(), "n", "me"))
+            return {job.status for job in writer.view().jobs.values()}
+
+        world.hold_runs = True
+        await writer.submit([draft(f"k{number}", time_limit_s=600) for number in range(4)])
+        await until(lambda: all(job.status is Status.RUNNING for job in writer.view().jobs.values()))
+        assert await after(60) == {Status.RUNNING}
+        now["wall"] += step_s
+        assert await after(0) == {Status.RUNNING}
+        assert await after(533) == {Status.RUNNING}, "594 s of 600"
+        assert await after(14) == {Status.STOPPING}, "607 s of 600"
+        ats = [event.at for event in ledger.events()]
+        assert ats == sorted(ats)
+        assert ledger.newest() == ats[-1] == clock()
+
+    with_writer(tmp_path, body, clock=clock)
