@@ -45,6 +45,7 @@ class Faults:
         self.rng = random.Random(f"faults {seed}")
         self.began = time.monotonic()
         self.done: list[Fault] = []
+        self._deck: list[str] = []
         self.missed: Counter[str] = Counter()
         self.health_cordons = 0
         self.lost_nodes: dict[str, float] = {}
@@ -69,9 +70,11 @@ class Faults:
         }
 
     def inject(self) -> None:
-        """One random fault."""
-        kinds = list(self._kinds)
-        (kind,) = self.rng.choices(kinds, [self._kinds[each][0] for each in kinds])
+        """One random fault, from a shuffled deck that holds every kind as often as its weight says."""
+        if not self._deck:
+            self._deck = [kind for kind, (weight, _) in self._kinds.items() for _ in range(weight)]
+            self.rng.shuffle(self._deck)
+        kind = self._deck.pop()
         began = time.monotonic()
         try:
             injected = self._kinds[kind][1]()

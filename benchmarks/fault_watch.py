@@ -62,8 +62,10 @@ class Watch(threading.Thread):
                 self._doubts.setdefault(attempt, (began, ended))
             elif gpus > charged:
                 self.violation(f"Ray holds {gpus:g} GPUs for {attempt}, {charged:g} are charged")
-        self.most = max(self.most, sum(before.values()))
-        for node in self.world.client.nodes():
+        # Not by job: a lost node's are charged until they are released, when another may be in its place.
+        nodes = self.world.client.nodes()
+        self.most = max(self.most, sum(node.charged_gpus for node in nodes))
+        for node in nodes:
             if node.charged_gpus > node.gpus or node.free_gpus < 0:
                 self.violation(f"{node.charged_gpus:g} of {node.gpus} GPUs are charged on {node.id[:8]}")
         known = list(self.work.acked)

@@ -55,7 +55,6 @@ class World:
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(nodes - 1)]
         self.address: str = self.cluster.address
         config = Config(home=home / "rm", checkpoint_root=str(home / "checkpoints"), audit_every_s=5)
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
         self.client = rm.connect(self.address, config=config)
         self.own_node: str = ray.get_runtime_context().get_node_id()
 

@@ -13,7 +13,9 @@ fault_story   what a job must have done, from outside    fault_client  a client 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
 import statistics
@@ -266,6 +268,19 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"{len(report['violations'])} violations")
 
 
+def play(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One run on a Ray of its own, which is gone afterwards."""
+    began = time.monotonic()
+    world = World(home, options.nodes)
+    try:
+        run = Run(world, options.seed)
+        run.play(options.minutes)
+        run.finish()
+        return run.report(options.seed, options.minutes, time.monotonic() - began)
+    finally:
+        world.close()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -281,19 +296,15 @@ def main() -> int:
     if options.nodes < 2 or options.minutes <= 0:
         parser.error("--nodes must be at least 2, --minutes more than 0")
     home = Path(tempfile.mkdtemp(prefix="rm-faults-"))
-    began = time.monotonic()
-    world = World(home, options.nodes)
-    try:
-        run = Run(world, options.seed)
-        run.play(options.minutes)
-        run.finish()
-        report = run.report(options.seed, options.minutes, time.monotonic() - began)
-    finally:
-        world.close()
-        if options.keep:
-            print(f"kept: {home}", file=sys.stderr)
-        else:
-            shutil.rmtree(home, ignore_errors=True)
+    # Ray prints on stdout what it thinks of each death.
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            report = play(home, options)
+        finally:
+            if options.keep:
+                print(f"kept: {home}", file=sys.stderr)
+            else:
+                shutil.rmtree(home, ignore_errors=True)
     if options.json:
         print(json.dumps(report, indent=1))
     else:
