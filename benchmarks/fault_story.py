@@ -78,8 +78,10 @@ def _end(story: Story) -> Iterator[str]:
     view, outcome = story.view, story.view.outcome or {}
     allowed = {"SUCCEEDED" if story.kind == "lease" else OWN_END[story.fate]}
     if story.cancelled:
-        # A lease that is given up is cancelled by its holder and has succeeded.
         allowed = {"CANCELLED"}
+        # The first cause counts: its time may have been up by then.
+        if story.fate == "endless":
+            allowed |= {"TIMED_OUT"}
     if story.hits[CLIENT_KILL]:
         allowed |= {"CANCELLED"}
     if story.hits[USER_KILL]:

@@ -37,7 +37,8 @@ class Watch(threading.Thread):
         self.ended: dict[str, str] = {}
         self.ours: set[str] = set()
         """Groups that the machine made itself."""
-        self._doubts: dict[str, tuple[float, float]] = {}
+        self.doubts: dict[str, tuple[float, float]] = {}
+        """Attempts whose group was seen uncharged, and between which two moments."""
 
     def run(self) -> None:
         while not self.stop.wait(PAUSE_S):
@@ -59,7 +60,7 @@ class Watch(threading.Thread):
             attempt = name.rsplit("/", 1)[1]
             charged = max(before.get(attempt, 0), after.get(attempt, 0))
             if not charged:
-                self._doubts.setdefault(attempt, (began, ended))
+                self.doubts.setdefault(attempt, (began, ended))
             elif gpus > charged:
                 self.violation(f"Ray holds {gpus:g} GPUs for {attempt}, {charged:g} are charged")
         # Not by job: a lost node's are charged until they are released, when another may be in its place.
@@ -96,7 +97,7 @@ class Watch(threading.Thread):
                 charged[f"{event.job_id}.{event.attempt}"] = [event.at, float("inf")]
             elif event.kind == "PlacementReleased":
                 charged[f"{event.job_id}.{event.attempt}"][1] = event.at
-        for attempt, (began, ended) in self._doubts.items():
+        for attempt, (began, ended) in self.doubts.items():
             since, until = charged.get(attempt, (float("inf"), 0.0))
             if since > ended or until < began:
                 self.violation(f"Ray held a group for {attempt} while nothing was charged for it")

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import pytest
 from fault_story import SCRIPT, USER_KILL, Story, judge
+from fault_watch import Watch
 
 
 def story(
@@ -108,3 +110,27 @@ def test_overlapping_attempts_are_found(tmp_path: Path) -> None:
     assert judge(story(ended_at=9e9, attempts=3, hits={"runner": 2}, diary=lines)) == [
         "j1 (w1, ok): rank 1 of attempt j1.3 began while a process that holds w1.j1.j1.2.0.lock lived"
     ]
+
+
+@pytest.mark.parametrize(
+    ("admitted", "released", "charged"),
+    [
+        (1.0, 9.0, True),
+        (5.5, None, True),
+        (1.0, 5.2, True),
+        (7.0, 9.0, False),
+        (1.0, 4.0, False),
+        (None, None, False),
+    ],
+)
+def test_what_looked_uncharged_is_asked_of_the_ledger(admitted, released, charged) -> None:
+    events = [
+        SimpleNamespace(kind=kind, job_id="j1", attempt=1, at=at)
+        for kind, at in (("JobAdmitted", admitted), ("PlacementReleased", released))
+        if at is not None
+    ]
+    said: list[str] = []
+    watch = Watch(None, None, said.append)
+    watch.doubts["j1.1"] = (5.0, 6.0)
+    watch.settle(events)
+    assert (not said) is charged
