@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ HERE = Path(__file__).resolve().parent
 class Holder:
     """A client process that holds one job."""
 
-    def __init__(self, story: Story, process: subprocess.Popen[str]) -> None:
-        self.story, self.process = story, process
+    def __init__(
+        self, story: Story, process: subprocess.Popen[str], acknowledged: Callable[[Story, str], None]
+    ) -> None:
+        self.story, self.process, self._acknowledged = story, process, acknowledged
         self.node_id = ""
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -36,7 +39,7 @@ class Holder:
         for line in self.process.stdout:
             word, _, value = line.strip().partition(" ")
             if word == "job":
-                self.story.job_id = value
+                self._acknowledged(self.story, value)
             elif word == "node":
                 self.node_id = value
 
@@ -177,6 +180,7 @@ class Work:
     def _acknowledged(self, story: Story, job_id: str) -> None:
         story.job_id = job_id
         self.acked[job_id] = story
+        self.unsure.discard(story.name)
 
     def _do(self, what: str, job: Any) -> None:
         """Release or cancel, asked again until it is acknowledged."""
@@ -227,7 +231,7 @@ class Work:
             env=dict(os.environ),
         )
         self.unsure.add(story.name)  # until it says its job's id
-        self.holders.append(Holder(story, process))
+        self.holders.append(Holder(story, process, self._acknowledged))
 
     def _in_thread(self, target: Any, *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)

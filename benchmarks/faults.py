@@ -258,8 +258,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         f"seed {report['seed']}, {report['minutes']:g} min of faults, {report['took_s']:.0f} s in all, "
         f"{report['nodes']} nodes of {GPUS} GPUs. {report['attempts']} attempts, {report['infra_failures']} lost, "
-        f"{report['evictions']} evicted. {report['samples']} comparisons with Ray's table, at most "
-        f"{report['most_charged_gpus']:g} GPUs charged. {report['health_cordons']} cordons by health, undone. "
+        f"{report['evictions']} evicted. {report['samples']} comparisons with Ray's table. "
+        f"{report['health_cordons']} cordons by health, undone. "
         f"{report['refused']} requests refused while a node was missing. Errors that clients saw: "
         f"{report['client_errors'] or 'none'}."
     )
