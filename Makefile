@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit mutations properties-long wheel clean services stress
+.PHONY: demo test lint types layers unit mutations properties-long faults wheel clean services stress
 
 demo: $(STAMP)
 	$(BIN)/rmctl demo
@@ -37,6 +37,10 @@ mutations: $(STAMP)
 properties-long: $(STAMP)
 	RM_PROPERTY_EXAMPLES=$${RM_PROPERTY_EXAMPLES:-5000} RM_PROPERTY_STEPS=$${RM_PROPERTY_STEPS:-200} \
 	  $(BIN)/python -m pytest --timeout=0 tests/properties/test_policies.py
+
+# A Ray of three nodes on which whatever can die is killed under random work: about four minutes.
+faults: $(STAMP)
+	$(BIN)/python benchmarks/faults.py --seed 1 --minutes 2
 
 # The ledger is tested against a real PostgreSQL server. Where none is installed and we may install one, do.
 services: $(STAMP)
