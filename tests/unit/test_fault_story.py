@@ -53,7 +53,6 @@ def test_what_may_be() -> None:
         story(
             "FAILED",
             hits={"node": 1},
-            infra_failures=1,
             max_infra_retries=0,
             outcome={"infra": True},
             diary=[],
