@@ -103,8 +103,9 @@ def _retries(story: Story) -> Iterator[str]:
         yield f"it counts {view.infra_failures} infrastructure failures and was hit {story.infra_hits} times"
     if story.kind == "lease" or view.status != "FAILED" or not outcome.get("infra"):
         return
-    if view.infra_failures != story.max_infra_retries + 1:
-        yield f"it failed at infrastructure failure {view.infra_failures} of {story.max_infra_retries} it may have"
+    # Those that it was tried again after: the one that ended it is not counted.
+    if view.infra_failures != story.max_infra_retries:
+        yield f"it was lost for good after {view.infra_failures} of its {story.max_infra_retries} tries again"
 
 
 def _attempts(story: Story, lines: list[list[str]]) -> Iterator[str]:

@@ -53,7 +53,6 @@ def test_what_may_be() -> None:
         story(
             "FAILED",
             hits={"node": 1},
-            infra_failures=1,
             max_infra_retries=0,
             outcome={"infra": True},
             diary=[],
@@ -71,7 +70,7 @@ def test_what_may_not_be() -> None:
         (story(infra_failures=1), "was hit 0 times"),
         (
             story("FAILED", hits={"node": 1}, infra_failures=1, max_infra_retries=2, outcome={"infra": True}),
-            "of 2 it may",
+            "1 of its 2 tries",
         ),
         (story(attempts=2, diary=again), "nothing was done to it"),
         (story(diary=["begin j1.1 0 10"]), "0 of 1 ranks"),
