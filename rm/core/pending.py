@@ -19,6 +19,7 @@ from rm.core.model import Gang, Job
 from rm.core.policy import Order, Policy
 
 LIFTS_KEPT = 16
+"""Jobs that the clock let in or lifted, of which is told who they were."""
 ONE_NAME = 100
 """The distance between two priority names (low, normal, high)."""
 

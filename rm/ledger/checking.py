@@ -23,7 +23,7 @@ from rm.core.model import TERMINAL, Job
 from rm.ledger import codec, postgres, sqlite
 from rm.ledger.database import parse_url
 from rm.ledger.history import History
-from rm.ledger.ledger import LIVE, POLICY, next_seq
+from rm.ledger.ledger import LIVE, POLICY, columns_of, next_seq
 from rm.ledger.schema import head, read_key, revision
 from rm.ledger.tables import events, jobs, meta, metadata
 from rm.spec import JobSpec
@@ -237,17 +237,7 @@ class _Walk:
                 self.found(NUMBERS, f"of {size} jobs of the array {arrays[array]} are there", array)
 
     def columns_of(self, row: Any, job: Job) -> None:
-        made = {
-            "id": codec.column(job.id),
-            "seq": job.seq,
-            "name": codec.column(job.name),
-            "owner": codec.column(job.owner),
-            "queue": codec.column(job.queue),
-            "kind": str(job.kind),
-            "status": str(job.status),
-            "submitted_at": codec.moment(job.submitted_at),
-            "ended_at": None if job.ended_at is None else codec.moment(job.ended_at),
-        }
+        made = {"id": codec.column(job.id), **columns_of(job)}
         wrong = [name for name, value in made.items() if getattr(row, name) != value]
         if wrong:
             self.found(COLUMNS, f"{', '.join(wrong)}: the row says other than the record in it", row.id)

@@ -159,9 +159,8 @@ def restore_command(url: URL, file: Path) -> str:
 @contextmanager
 def _draft(file: Path) -> Iterator[Path]:
     """An empty file beside `file`, for its owner only; gone at the end unless it got another name."""
-    draft = file.with_name(f".{file.name}.{secrets.token_hex(6)}.new")
     try:
-        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        draft = sqlite.new_draft(file)
     except OSError as error:
         why = error.strerror or error
         raise InvalidSpec(f"file: {file.parent} can't be written: {why}", field="file") from None

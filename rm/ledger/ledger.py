@@ -266,6 +266,11 @@ def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
 
 
 def _record_fields(job: Job) -> Fields:
+    return {**columns_of(job), "record": codec.encode_job(job)}
+
+
+def columns_of(job: Job) -> Fields:
+    """What a job's row says of its record beside the record itself, to be looked for."""
     return {
         "seq": job.seq,
         "name": codec.column(job.name),
@@ -275,7 +280,6 @@ def _record_fields(job: Job) -> Fields:
         "status": str(job.status),
         "submitted_at": codec.moment(job.submitted_at),
         "ended_at": None if job.ended_at is None else codec.moment(job.ended_at),
-        "record": codec.encode_job(job),
     }
 
 

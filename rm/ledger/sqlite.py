@@ -128,8 +128,7 @@ def _make(url: URL, path: Path) -> None:
                 f"{orphan.name} to start with an empty one"
             )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    draft = new_draft(path)
     # With a rollback journal: the draft is then one file, complete by itself, which a rename can publish.
     engine = _engine(url.set(database=str(draft)), "PRAGMA journal_mode = DELETE", *_DURABLE)
     try:
@@ -143,6 +142,13 @@ def _make(url: URL, path: Path) -> None:
         raise unavailable(str(path), "created", error, f"check that {path.parent} has room") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def new_draft(path: Path) -> Path:
+    """An empty file beside `path`, for its owner only, under a name of its own. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    return draft
 
 
 def _publish(draft: Path, path: Path) -> None:

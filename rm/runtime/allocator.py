@@ -412,8 +412,7 @@ class Allocator:
         Raises NotAllowed.
         """
         await self._up()
-        rights.require_name(by)
-        rights.require_admin("stop the allocator", by, self._admins)
+        self._require_admin("stop the allocator", by)
         if keep:
             return
         live = list(self._writer.view().jobs.values())
@@ -472,8 +471,7 @@ class Allocator:
         Durable when this returns, and all or none. What was said of a node before is replaced. Raises NotAllowed.
         """
         await self._up()
-        rights.require_name(by)
-        rights.require_admin("cordon nodes", by, self._admins)
+        self._require_admin("cordon nodes", by)
         chosen = named(nodes, self._writer.view().nodes)
         now = self._clock()
         deadline = None if deadline_s is None else now + deadline_s
@@ -485,8 +483,7 @@ class Allocator:
     async def uncordon(self, nodes: list[str], by: str) -> list[NodeView]:
         """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode, NotAllowed."""
         await self._up()
-        rights.require_name(by)
-        rights.require_admin("uncordon nodes", by, self._admins)
+        self._require_admin("uncordon nodes", by)
         chosen = named(nodes, self._writer.view().nodes)
         now = self._clock()
         await self._writer.request_all([NodeUncordoned(now, node.id, by) for node in chosen])
@@ -568,6 +565,11 @@ class Allocator:
     @property
     def _admins(self) -> tuple[str, ...]:
         return self._writer.policy.policy.admins
+
+    def _require_admin(self, what: str, by: str) -> None:
+        """Raises NotAllowed where only others may do this. `what`: "cordon nodes"."""
+        rights.require_name(by)
+        rights.require_admin(what, by, self._admins)
 
     async def _require_change(self, job_id: str, by: str) -> None:
         """Raises UnknownJob, and NotAllowed where the job, or the array, is not `by`'s to change."""
