@@ -4,15 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit mutations properties-long faults wheel clean services stress
+.PHONY: demo test lint types layers unit mutations long properties-long faults wheel clean services
 
 demo: $(STAMP)
 	$(BIN)/rmctl demo
 
 # Two runs: the tests of processes and descriptors look at their own process, which must not have Ray in it.
 test: lint types layers services
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not own_ray"
-	$(BIN)/python -m pytest -n 2 -m "ray or own_ray" --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not own_ray and not long"
+	$(BIN)/python -m pytest -n 2 -m "(ray or own_ray) and not long" --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,7 +26,11 @@ layers: $(STAMP)
 
 # The tests that need neither Ray nor a database server: seconds.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch"
+	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch and not long"
+
+# The tests that take minutes each: floods, real autoscaling, a restarted GCS.
+long: $(STAMP)
+	$(BIN)/python -m pytest -m long --timeout=900
 
 # Breaks each rule of the scheduler by hand and demands that a test notices: many minutes.
 mutations: $(STAMP)
