@@ -175,6 +175,7 @@ class Audit:
 
         Not the whole table of groups: Ray keeps in it every group that there ever was.
         """
+        seen = read_nodes()
         nodes = {
             node.id: RayNode(
                 node.name,
@@ -182,7 +183,7 @@ class Audit:
                 node.free_gpu_units,
                 {group_id: amounts[0] for group_id, amounts in node.groups.items()},
             )
-            for node in read_nodes().nodes.values()
+            for node in seen.nodes.values()
         }
         asked = doubtful(ledger, nodes)
         self._strangers &= asked
@@ -197,7 +198,7 @@ class Audit:
                 continue
             where = tuple(str(node_id or "") for node_id in entry["bundles_to_node_id"].values())
             groups[group_id] = RayGroup(attempt, str(entry["state"]), where)
-        return RayLook(nodes, groups, self._runners.list_names())
+        return RayLook(nodes, groups, self._runners.list_names(), seen.unheard)
 
     async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, list[GpuProcess]], list[str]]:
         """What the drivers say on nodes with free GPUs: a task that needs nothing, pinned to each."""
@@ -283,7 +284,9 @@ async def _probe(node_id: str) -> list[GpuProcess] | str:
     task = ray.remote(gpu_probe.read_gpus).options(
         num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=pinned
     )
-    reading = task.remote()
+    reading = await asyncio.to_thread(
+        task.remote
+    )  # the first one hands the task to the GCS, and waits for it
     try:
         answer: list[GpuProcess] | str = await asyncio.wait_for(reading, PROBE_S)
     except Exception as error:

@@ -156,6 +156,8 @@ class Gangs:
         timeout_s = self._config.reserve_timeout_s
         need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
         made = self._placements.group_id(attempt) is not None
+        if not made and any(self._watch.seen.gone(node_id) for node_id in need):
+            return self._why_not(need)  # ids never come back
         # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
         if not made and not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
             return self._why_not(need)
@@ -186,7 +188,7 @@ class Gangs:
 
     def _drop_seen_claims(self, seen: Seen) -> None:
         for attempt, (group_id, by_node) in list(self._claims.items()):
-            gone = all(node_id not in seen.nodes for node_id in by_node)
+            gone = all(seen.gone(node_id) for node_id in by_node)
             if gone or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
                 del self._claims[attempt]
 
@@ -195,7 +197,8 @@ class Gangs:
         for node_id, units in need.items():
             node = self._watch.seen.nodes.get(node_id)
             if node is None:
-                return f"node {node_id[:8]} is gone"
+                gone = self._watch.seen.gone(node_id)
+                return f"node {node_id[:8]} " + ("is gone" if gone else "has not reported to Ray's GCS")
             if node.free_gpu_units < units:
                 return (
                     f"Ray shows {gpu_count(node.free_gpu_units):g} free GPUs on {node.name} "
@@ -433,7 +436,7 @@ def _by_node(units: int, placed: tuple[PlacedBundle, ...]) -> dict[str, int]:
 
 def _gone(group_id: str, node_ids: set[str], since: float) -> Callable[[Seen], bool]:
     """Whether a reading begun after `since` shows the group on none of its nodes."""
-    return lambda seen: seen.at > since and not any(seen.holds(group_id, node_id) for node_id in node_ids)
+    return lambda seen: seen.at > since and all(seen.lacks(group_id, node_id) for node_id in node_ids)
 
 
 def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]) -> Outcome:
