@@ -83,8 +83,9 @@ class JobView:
 class NodeView:
     """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds.
 
-    `status`: "ready", "cordoned", "draining" or "drained". Where it is not ready nothing is free, and `cordon` says
-    why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None).
+    `status`: "ready", "cordoned", "draining", "drained" or "gone". Where it is not ready nothing is free, and `cordon`
+    says why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None). A node that is "gone" is not in the
+    cluster: what is left of it is its cordon, with `gone_at` (None: not known).
     """
 
     id: str
@@ -300,10 +301,30 @@ def node_view(node: Node, jobs: tuple[str, ...], cordon: Cordon | None = None) -
         jobs=jobs,
         labels=dict(node.labels),
         status="ready" if cordon is None else _cordoned(cordon, jobs),
-        cordon=None
-        if cordon is None
-        else {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline},
+        cordon=None if cordon is None else _why_cordoned(cordon),
     )
+
+
+def gone_node_view(cordon: Cordon) -> NodeView:
+    """A cordoned node that is not there."""
+    return NodeView(
+        id=cordon.node_id,
+        name=cordon.name or cordon.node_id[:8],
+        gpu_type=None,
+        gpus=0,
+        charged_gpus=0.0,
+        foreign_gpus=0.0,
+        free_gpus=0.0,
+        cpus=0.0,
+        memory_bytes=0,
+        jobs=(),
+        status="gone",
+        cordon={**_why_cordoned(cordon), "gone_at": cordon.gone_at},
+    )
+
+
+def _why_cordoned(cordon: Cordon) -> dict[str, Any]:
+    return {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline}
 
 
 def _cordoned(cordon: Cordon, jobs: tuple[str, ...]) -> str:

@@ -304,7 +304,7 @@ def test_cordons_and_drains_survive_a_restart(tmp_path: Path) -> None:
         world.hold_runs = True
         (job,) = writer.state.jobs
         await until(lambda: "n" in writer.view().nodes)
-        assert writer.state.cordons == {"n": Cordon("n", 0, "ada", "a fan", True, 1e9)}
+        assert writer.state.cordons == {"n": Cordon("n", 0, "ada", "a fan", True, 1e9, "n")}
         (waiting,) = await writer.submit([draft("k2")])
         assert writer.view().jobs[waiting].status is Status.QUEUED
         await writer.request(NodeCordoned(0, "n", "ada", "a fan", True, 0.0))
