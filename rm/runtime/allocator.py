@@ -46,6 +46,7 @@ from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
+from rm.runtime.old_world import OldWorld
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.writer import Writer
@@ -146,7 +147,9 @@ class Allocator:
         self._writer = Writer(
             self._ledger,
             clock=self._clock,
-            execute=self._gangs.execute,
+            execute=OldWorld(
+                self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
+            ).execute,
             max_pending=config.max_pending,
             check=bool(os.environ.get("RM_CHECK")),
         )

@@ -35,23 +35,29 @@ NODE: dict[str, Any] = {
 class RedisWorld:
     """The cluster, and a client of the allocator on it. One per process: Ray allows no second."""
 
-    def __init__(self, home: Path, redis_port: int) -> None:
+    def __init__(self, home: Path, redis_port: int | None) -> None:
         import ray
         from ray.cluster_utils import Cluster
 
+        self._ray = ray
+        self.home = home
+        if redis_port is not None:
+            os.environ["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{redis_port}"
+        self.head = {
+            **NODE,
+            "num_gpus": 0,
+            "gcs_server_port": free_port(),
+            "_system_config": {"raylet_report_resources_period_milliseconds": 50},
+        }
+        self.cluster = Cluster(initialize_head=True, head_node_args=self.head)
+        self.worker = self.cluster.add_node(**NODE, num_gpus=GPUS)
+        self.connect()
+
+    def connect(self) -> None:
         import rm
         from rm.spec import Config
 
-        self._ray = ray
-        self.home = home
-        os.environ["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{redis_port}"
-        fast = {"_system_config": {"raylet_report_resources_period_milliseconds": 50}}
-        self.port = free_port()
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={**NODE, **fast, "num_gpus": 0, "gcs_server_port": self.port}
-        )
-        self.worker = self.cluster.add_node(**NODE, num_gpus=GPUS)
-        config = Config(home=home, checkpoint_root=str(home / "checkpoints"), audit_every_s=1)
+        config = Config(home=self.home, checkpoint_root=str(self.home / "checkpoints"), audit_every_s=1)
         self.client = rm.connect(self.cluster.address, config=config)
 
     def kill_gcs(self) -> None:
@@ -65,7 +71,14 @@ class RedisWorld:
         self._ray.shutdown()
         self.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
+    def start_head(self) -> None:
+        """A head at the old one's address. Without Redis it knows nothing of the old one."""
+        self.cluster.head_node = None
+        self.cluster.add_node(**self.head)
+
     def close(self) -> None:
+        if self.cluster.head_node.all_processes.get("gcs_server") is None:
+            self.start_gcs()  # a story that broke off: without a GCS Ray takes a minute to leave
         self._ray.shutdown()
         self.cluster.shutdown()
 

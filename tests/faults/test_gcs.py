@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from probes import assert_nothing_left, processes_with, wait_until
-from redis_world import GPUS, REDIS, WHY_NOT, Readings, RedisWorld, world
+from probes import actor_pids, assert_nothing_left, groups, processes_with, user_processes, wait_until
+from redis_world import GPUS, REDIS, WHY_NOT, Readings, RedisWorld, free_port, world
 
 from rm.ledger import check
 
@@ -38,7 +41,7 @@ def waiting(gate: Path) -> str:
 
 def ranks(job: Any) -> list[int]:
     """The pids of the job's processes that run its command."""
-    return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="trap exit"))
+    return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e"))
 
 
 def charged(client: Any) -> float:
@@ -61,11 +64,14 @@ def kinds(client: Any) -> list[str]:
     return [event.kind for event in client.events(limit=100_000)]
 
 
-def in_order(each: RedisWorld) -> None:
+def in_order(each: RedisWorld, *, scratch: bool = True) -> None:
     """Nothing is left, nothing was found, and the history is one that can be."""
     assert each.client.audit().recent == ()
     wait_until(lambda: charged(each.client) == 0, 20, "nothing is charged")
-    assert_nothing_left(each.client)
+    if scratch:
+        assert_nothing_left(each.client)
+    assert groups() == []
+    assert not user_processes()
     assert check(each.home / "ledger.sqlite").findings == []
 
 
@@ -114,3 +120,131 @@ def killed_and_back(tmp_path: Path) -> None:
         assert gang.logs(rank=0) == "through\n"
         assert "NodeLost" not in kinds(client)
         in_order(here)
+
+
+@needs_redis
+@pytest.mark.long
+def test_what_dies_while_the_gcs_is_away_is_known_when_it_is_back(tmp_path: Path) -> None:
+    told(deaths_meanwhile, tmp_path)
+
+
+def deaths_meanwhile(tmp_path: Path) -> None:
+    """Ten seconds without a GCS, in which the allocator, the store and a runner are killed."""
+    with world(tmp_path) as here, ThreadPoolExecutor() as threads:
+        client, gate = here.client, tmp_path / "gate"
+        counts = client.submit(
+            f"i=0; while [ ! -e {gate} ]; do echo $((i=i+1)); sleep 0.05; done", num_gpus=1
+        )
+        hit = client.submit(f"[ $RM_ATTEMPT = $RM_JOB_ID.2 ] || {{ {waiting(gate)}; }}", num_gpus=1)
+        wait_until(lambda: counts.status == hit.status == "RUNNING" and counts.logs(), 60, "both run")
+        with client.lease(num_gpus=1) as lease:
+            queued = client.submit("echo queued", num_gpus=2)
+            pids, key = actor_pids(), client.ledger_key
+            here.kill_gcs()
+            for name in ("allocator", "store", f"rm/{key}/{hit.id}.1/0"):
+                os.kill(pids[name], signal.SIGKILL)
+            # Nobody answers. The call is made again when somebody does, with its key: it is one job.
+            late = threads.submit(client.submit, "echo late", num_gpus=1, name="late")
+            assert ranks(counts), "it goes on"
+            time.sleep(10)
+            here.start_gcs()
+            assert late.result(60).wait(60).status == "SUCCEEDED"
+            view = hit.wait(60)
+            assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
+            assert lease.job.status == "RUNNING", "a holder is given its whole time again"
+            assert counts.view().attempts == 1
+            gate.touch()
+            assert counts.wait(60).status == "SUCCEEDED"
+        assert queued.wait(60).status == "SUCCEEDED"
+        lines = counts.logs().split()
+        assert lines == [str(n) for n in range(1, len(lines) + 1)], "no line is lost, and none is there twice"
+        assert len(client.jobs(all=True)) == 5
+        joined = [event.body["node_id"] for event in client.events() if event.kind == "NodeJoined"]
+        assert len(joined) == len(set(joined)) == 2, (
+            "an allocator that finds what is known does not tell it again"
+        )
+        assert "NodeLost" not in kinds(client)
+        in_order(here)
+
+
+@needs_redis
+@pytest.mark.long
+def test_a_head_that_is_replaced_finds_the_jobs_of_the_nodes_that_went_on(tmp_path: Path) -> None:
+    told(another_head, tmp_path)
+
+
+def another_head(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        gate = tmp_path / "gate"
+        gang = here.client.submit(waiting(gate), nodes=2, gpus_per_node=2)
+        queued = here.client.submit("echo queued", num_gpus=GPUS)
+        wait_until(lambda: gang.status == "RUNNING", 60, "it runs")
+        before, live = ranks(gang), group_nodes(gang)
+        assert len(before) == 2
+        here.kill_head()
+        here.start_head()
+        here.connect()
+        client = here.client
+        assert (client.job(gang.id).status, client.job(queued.id).status) == ("RUNNING", "QUEUED")
+        assert (ranks(gang), group_nodes(gang)) == (before, live)
+        assert charged(client) == GPUS
+        gate.touch()
+        for job in (gang, queued):
+            view = client.job(job.id).wait(60)
+            assert (view.status, view.attempts) == ("SUCCEEDED", 1)
+        assert client.job(gang.id).logs(rank=0) == "through\n"
+        in_order(here)
+
+
+@pytest.mark.long
+def test_without_redis_a_new_ray_goes_on_from_the_ledger(tmp_path: Path) -> None:
+    told(a_new_ray, tmp_path)
+
+
+def a_new_ray(tmp_path: Path) -> None:
+    """The head dies, a worker's raylet lives on and looks for it. The Ray that comes never heard of it."""
+    home, tries, gate = tmp_path / "home", tmp_path / "tries", tmp_path / "gate"
+    old = RedisWorld(home, None)
+    client = old.client
+    ended = client.submit("echo done", num_gpus=1)
+    assert ended.wait(60).status == "SUCCEEDED"
+    saved = "$RM_CHECKPOINT_DIR/saved"
+    script = f"cat {saved}; echo $RM_ATTEMPT $$ >> {tries}; echo kept > {saved}; {waiting(gate)}"
+    running = client.submit(script, num_gpus=1)
+    lease = client.submit(waiting(tmp_path / "never"), num_gpus=1, attach=True)
+    queued = client.submit("echo queued", num_gpus=GPUS)
+    wait_until(lambda: running.status == lease.status == "RUNNING" and tries.exists(), 60, "both run")
+    worker = next(node for node in client.nodes() if node.gpus)
+    client.cordon(worker.id, reason="a fan is loud")
+    first = int(tries.read_text().split()[1])
+    submitted = running.view().submitted_at
+    old.kill_head()
+    raylet = old.worker.all_processes["raylet"][0].process
+    old.head["num_gpus"] = GPUS
+    old.head["gcs_server_port"] = free_port()
+    old.start_head()
+    try:
+        assert raylet.poll() is None, "the old worker still looks for its head"
+        assert Path(f"/proc/{first}").exists(), "and what ran there still runs"
+        old.connect()
+        client = old.client
+        (node,) = client.nodes(gone=True)
+        assert node.id != worker.id
+        assert (node.status, node.cordon["reason"]) == ("cordoned", "a fan is loud"), "as the machine was"
+        wait_until(lambda: client.job(running.id).status == "QUEUED", 30, "its attempt is lost")
+        assert not Path(f"/proc/{first}").exists(), "before it is queued again"
+        assert client.job(lease.id).wait(60).status == "CANCELLED", "its holder is gone"
+        assert client.uncordon(node.name)[0].status == "ready"
+        gate.touch()
+        view = client.job(running.id).wait(60)
+        assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
+        assert view.submitted_at == submitted
+        assert client.job(running.id).logs() == "kept\nthrough\n"
+        assert client.job(queued.id).wait(60).status == "SUCCEEDED"
+        assert client.job(ended.id).logs() == "done\n"
+        assert len(client.jobs(all=True)) == 4
+        assert kinds(client).count("NodeLost") == 2
+        # What the old runners leave in /tmp is removed by the next job there after they have ended.
+        in_order(old, scratch=False)
+    finally:
+        old.close()
