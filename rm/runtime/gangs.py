@@ -30,7 +30,7 @@ from rm.core.events import (
     RunLost,
     RunStarted,
 )
-from rm.core.model import Kind, Outcome, PlacedBundle, Status, attempt_key
+from rm.core.model import Kind, Outcome, Phase, PlacedBundle, Status, attempt_key
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
 from rm.runtime.nodes import NodeWatch, Seen
@@ -313,7 +313,15 @@ class _GangRun:
         group = gangs._placements.handle(self._attempt)
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
-        self._handles = await gangs._runners.start(self._attempt, effect.gang, group, spec.runtime_env)
+        if row.job.attempt is not None and row.job.attempt.phase is Phase.RUNNING:
+            # Taken over from another allocator. A runner that died meanwhile is not made anew: code would run twice.
+            self._handles = await gangs._runners.find(self._attempt, effect.gang.count)
+            if None in self._handles:
+                node_id = effect.placed[self._handles.index(None)].node_id
+                why = "a runner died while there was no allocator"
+                return RunLost(clock(), effect.job_id, effect.attempt, why, node_id)
+        else:
+            self._handles = await gangs._runners.start(self._attempt, effect.gang, group, spec.runtime_env)
         seats = await self._unless_stopped(
             asyncio.gather(*(self._seat(bundle) for bundle in range(len(self._handles))))
         )

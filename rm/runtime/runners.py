@@ -55,6 +55,15 @@ class Runners:
             for bundle in range(gang.count)
         ]
 
+    async def find(self, attempt: str, count: int) -> list[Any]:
+        """One handle per bundle, None where there is no such runner."""
+        return await asyncio.to_thread(lambda: [self._find(attempt, bundle) for bundle in range(count)])
+
+    def _find(self, attempt: str, bundle: int) -> Any:
+        with contextlib.suppress(ValueError):
+            return ray.get_actor(self._name(attempt, bundle), namespace=NAMESPACE)
+        return None
+
     async def kill(self, attempt: str, count: int) -> None:
         """End the attempt's runners, if there are any. Their keepers end what is left of user code."""
         await asyncio.to_thread(self._kill, attempt, count)
