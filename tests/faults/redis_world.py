@@ -6,8 +6,10 @@ head: raylet, GCS, allocator, store; no GPUs          worker: raylet, 4 GPUs, th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -23,6 +25,8 @@ WHY_NOT = (
     "no redis-server here (Debian: apt-get install redis-server): Ray can't bring a GCS back without one"
 )
 GPUS = 4
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 NODE: dict[str, Any] = {
     "num_cpus": 4,
     "object_store_memory": 100 * 2**20,
@@ -123,7 +127,13 @@ def redis(directory: Path) -> Iterator[int]:
     options = {"port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "appendonly": "no"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with (directory / "redis.log").open("wb") as log:
-        server = subprocess.Popen([REDIS, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [REDIS, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_die_with_parent,  # Ray ends a story's process by itself when its GCS stays away
+        )
     try:
         wait_until(lambda: listens(port), 20, "redis-server answers")
         yield port
@@ -140,6 +150,10 @@ def world(directory: Path) -> Iterator[RedisWorld]:
             yield made
         finally:
             made.close()
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def listens(port: int) -> bool:
