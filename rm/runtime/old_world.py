@@ -84,15 +84,13 @@ class OldWorld:
 
     async def _over(self, effect: Release, attempt: str) -> None:
         """Return when nothing of the attempt can run any more outside of this Ray."""
-        listed = {str(node["NodeID"]): node for node in await asyncio.to_thread(ray.nodes)}
+        here, listed = await asyncio.to_thread(node_table)
         foreign = [
             (bundle, each.node_id) for bundle, each in enumerate(effect.placed) if each.node_id not in listed
         ]
         if not foreign:
             return
         names = self._names or {}
-        me = listed[ray.get_runtime_context().get_node_id()]
-        here = str(me["NodeName"] or me["NodeManagerHostname"])
         for bundle, _ in foreign:
             killed = await asyncio.to_thread(sweep, process_mark(self._ledger_key, attempt, bundle))
             log.warning(
@@ -109,6 +107,13 @@ class OldWorld:
                 left,
             )
             await asyncio.sleep(left)
+
+
+def node_table() -> tuple[str, set[str]]:
+    """The name of this node, and the ids of all nodes that this Ray has ever heard of, dead ones too."""
+    nodes = {str(node["NodeID"]): node for node in ray.nodes()}
+    me = nodes[ray.get_runtime_context().get_node_id()]
+    return str(me["NodeName"] or me["NodeManagerHostname"]), set(nodes)
 
 
 def limit_s() -> float:

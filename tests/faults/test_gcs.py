@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,6 +44,12 @@ def waiting(gate: Path) -> str:
 def ranks(job: Any) -> list[int]:
     """The pids of the job's processes that run its command."""
     return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e"))
+
+
+def rmctl(*words: str, address: str) -> subprocess.CompletedProcess[str]:
+    code, env = "from rm.cli import main; main()", {**os.environ, "RAY_ADDRESS": address}
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def charged(client: Any) -> float:
@@ -145,8 +153,11 @@ def deaths_meanwhile(tmp_path: Path) -> None:
                 os.kill(pids[name], signal.SIGKILL)
             # Nobody answers. The call is made again when somebody does, with its key: it is one job.
             late = threads.submit(client.submit, "echo late", num_gpus=1, name="late")
+            back_at = time.monotonic() + 10
             assert ranks(counts), "it goes on"
-            time.sleep(10)
+            ran = rmctl("ls", address=here.cluster.address)
+            assert (ran.returncode, "nothing listens there" in ran.stderr) == (3, True), ran.stderr
+            time.sleep(max(0.0, back_at - time.monotonic()))
             here.start_gcs()
             assert late.result(60).wait(60).status == "SUCCEEDED"
             view = hit.wait(60)
