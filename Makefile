@@ -46,12 +46,17 @@ properties-long: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python benchmarks/faults.py --seed 1 --minutes 2
 
-# The ledger is tested against a real PostgreSQL server. Where none is installed and we may install one, do.
+# The ledger is tested against a real PostgreSQL server, and a GCS that is killed against a real Redis. Where they are
+# not installed and we may install them, do.
 services: $(STAMP)
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y postgresql >/dev/null; } || \
 	  echo "no PostgreSQL server here: its tests are skipped (Debian: apt-get install postgresql)"
+	@command -v redis-server >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y redis-server >/dev/null; } || \
+	  echo "no redis-server here: tests of a GCS that comes back are skipped (Debian: apt-get install redis-server)"
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

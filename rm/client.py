@@ -200,9 +200,12 @@ class Client:
         views: list[JobView] = self._allocator("jobs", live_only=not all, owner=owner, name=name, limit=limit)
         return JobList(Job(self, view.id, view) for view in views)
 
-    def nodes(self) -> list[NodeView]:
-        """The cluster's nodes: what is charged to jobs, held by other work, and free."""
-        return NodeList(self._allocator("nodes"))
+    def nodes(self, *, gone: bool = False) -> list[NodeView]:
+        """The cluster's nodes: what is charged to jobs, held by other work, and free.
+
+        `gone`: also nodes that left the cluster and are cordoned. Their `status` is "gone".
+        """
+        return NodeList(self._allocator("nodes", gone=gone))
 
     def cordon(self, *nodes: str, reason: str = "") -> list[NodeView]:
         """Place nothing new on these nodes; what runs there goes on. Raises UnknownNode.
@@ -227,7 +230,7 @@ class Client:
         )
 
     def uncordon(self, *nodes: str) -> list[NodeView]:
-        """Place jobs on these nodes again. Raises UnknownNode."""
+        """Place jobs on these nodes again; a node that is gone is forgotten. Raises UnknownNode."""
         return NodeList(self._allocator("uncordon", list(nodes), self.owner))
 
     def events(self, *, after: int = 0, limit: int = 1000) -> list[EventView]:

@@ -196,9 +196,13 @@ def node_status(view: NodeView) -> str:
     said = view.cordon
     deadline = said["deadline"] if view.status == "draining" else None
     until = "" if deadline is None else f" until {moment(deadline)}"
+    what = view.status
+    if view.status == "gone":
+        left = "" if said.get("gone_at") is None else f" since {moment(said['gone_at'])}"
+        what = f"gone{left}, cordoned"
     by = f" by {said['by']}" if said["by"] else ""
     why = f": {said['reason']}" if said["reason"] else ""
-    return f"{view.status}{until}{by} since {moment(said['at'])}{why}"
+    return f"{what}{until}{by} since {moment(said['at'])}{why}"
 
 
 def queues_table(views: Sequence[QueueView]) -> Table:
@@ -300,6 +304,9 @@ def sentence(view: EventView) -> str:
             return f"{body.get('cause')}" + (f" by {body['by']}" if body.get("by") else "")
         case "NodeCordoned" | "NodeUncordoned":
             return _cordon_sentence(view.kind, body)
+        case "CordonInherited":
+            new, old = str(body.get("node_id"))[:8], str(body.get("old_id"))[:8]
+            return f"node {new} is cordoned as {old} was, which had its name"
         case "HoldChanged":
             by = f" by {body['by']}" if body.get("by") else ""
             return f"{'held' if body.get('held') else 'released'}{by}"

@@ -89,8 +89,9 @@ class NodeView:
     `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
     next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.
 
-    `status`: "ready", "cordoned", "draining" or "drained". Where it is not ready nothing is free, and `cordon` says
-    why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None).
+    `status`: "ready", "cordoned", "draining", "drained" or "gone". Where it is not ready nothing is free, and `cordon`
+    says why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None). A node that is "gone" is not in the
+    cluster: what is left of it is its cordon, with `gone_at` (None: not known).
     """
 
     id: str
@@ -318,12 +319,32 @@ def node_view(
         jobs=jobs,
         labels=dict(node.labels),
         status="ready" if cordon is None else _cordoned(cordon, jobs),
-        cordon=None
-        if cordon is None
-        else {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline},
+        cordon=None if cordon is None else _why_cordoned(cordon),
         warm_gpus=gpu_count(warm),
         warm={name: gpu_count(units) for name, units in idle.items()},
     )
+
+
+def gone_node_view(cordon: Cordon) -> NodeView:
+    """A cordoned node that is not there."""
+    return NodeView(
+        id=cordon.node_id,
+        name=cordon.name or cordon.node_id[:8],
+        gpu_type=None,
+        gpus=0,
+        charged_gpus=0.0,
+        foreign_gpus=0.0,
+        free_gpus=0.0,
+        cpus=0.0,
+        memory_bytes=0,
+        jobs=(),
+        status="gone",
+        cordon={**_why_cordoned(cordon), "gone_at": cordon.gone_at},
+    )
+
+
+def _why_cordoned(cordon: Cordon) -> dict[str, Any]:
+    return {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline}
 
 
 def _cordoned(cordon: Cordon, jobs: tuple[str, ...]) -> str:

@@ -147,6 +147,8 @@ class RayLook:
     nodes: Mapping[str, RayNode] = field(default_factory=dict)
     groups: Mapping[str, RayGroup] = field(default_factory=dict)
     runners: frozenset[str] = frozenset()
+    unheard: frozenset[str] = frozenset()
+    """Live nodes that have not said what they hold since the GCS was restarted: not in `nodes`, and not gone."""
 
     def held(self, group_id: str) -> Counter[str]:
         """Units by node that the group holds."""
@@ -293,7 +295,7 @@ def _charges(whole: Iterable[LiveAttempt], ray: RayLook, after: LedgerLook) -> l
 def _nodes(before: LedgerLook, ray: RayLook, after: LedgerLook) -> list[Finding]:
     """Nodes that only one side knows, or knows with other GPUs."""
     findings = []
-    for node_id in ray.nodes.keys() | (before.nodes.keys() & after.nodes.keys()):
+    for node_id in (ray.nodes.keys() | (before.nodes.keys() & after.nodes.keys())) - ray.unheard:
         real = ray.nodes.get(node_id)
         readings = [look.nodes[node_id] for look in (before, after) if node_id in look.nodes]
         ours = [gpu_count(each.gpu_units) for each in readings]

@@ -26,8 +26,7 @@ class Reserve:
 class Run:
     """Start runners and user code. Ends in RunExited or RunLost, with RunStarted on the way.
 
-    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop. `running`: user code was seen
-    to run before a restart, so that runners that are gone now are lost, and none are started.
+    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop.
     """
 
     job_id: str
@@ -36,7 +35,6 @@ class Run:
     gang: Gang
     placed: tuple[PlacedBundle, ...]
     grace_s: float
-    running: bool = False
 
 
 @dataclass(frozen=True, slots=True)

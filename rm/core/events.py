@@ -209,6 +209,17 @@ class NodeUncordoned:
 
 
 @dataclass(frozen=True, slots=True)
+class CordonInherited:
+    """The cordoned node `old_id` is gone, and the only one of its name is this one: the cordon goes on with it."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    old_id: str
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
 class ForeignUseObserved:
     """What work that is not ours holds on a node."""
 
@@ -249,6 +260,7 @@ Event = (
     | NodeLost
     | NodeCordoned
     | NodeUncordoned
+    | CordonInherited
     | ForeignUseObserved
     | NodeTypesObserved
 )

@@ -146,6 +146,10 @@ class Cordon:
     reason: str = ""
     draining: bool = False
     deadline: float | None = None
+    name: str = ""
+    """The node's, as last seen: a machine keeps it when Ray is started anew there, and gets another id."""
+    gone_at: float | None = None
+    """Since when the node is not there, where it is known to be gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     AvailabilityChecked,
     CheckpointReported,
+    CordonInherited,
     Event,
     ForeignUseObserved,
     HoldChanged,
@@ -128,17 +129,18 @@ class ClusterState:
         """The same without nodes that are cordoned."""
         return self.capacity.shapes(with_cordoned=False)
 
-    def due(self, now: float) -> list[StopRequested | NodeCordoned]:
+    def due(self, now: float) -> list[StopRequested | NodeCordoned | CordonInherited]:
         """What follows from the state and the time alone. Called before each cycle, after what has happened.
 
-        Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often.
+        Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often, or that came back.
         """
-        events: list[StopRequested | NodeCordoned] = [
+        events: list[StopRequested | NodeCordoned | CordonInherited] = [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
             for _, job_id in self.books.deadlines[: self._due_until(now)]
         ]
         events += self._drains_due(now)
         events += self._failing(now)
+        events += self._came_back(now)
         return events
 
     def _drains_due(self, now: float) -> Iterable[StopRequested]:
@@ -169,6 +171,25 @@ class ClusterState:
             if left < 1:
                 return
             yield NodeCordoned(now, node_id, BY, why)
+
+    def _came_back(self, now: float) -> list[CordonInherited]:
+        """Cordoned nodes that are gone, each with the node that has their name now, where just one has it."""
+        gone = {
+            each.name: each.node_id
+            for each in sorted(self.cordons.values(), key=lambda each: each.at)
+            if each.gone_at is not None and each.name
+        }
+        if not gone:
+            return []
+        heirs: dict[str, list[Node]] = {}
+        for node in self.nodes.values():
+            if node.name in gone:
+                heirs.setdefault(node.name, []).append(node)
+        return [
+            CordonInherited(now, nodes[0].id, gone[name])
+            for name, nodes in sorted(heirs.items())
+            if len(nodes) == 1 and not nodes[0].cordoned
+        ]
 
     def next_due(self, now: float) -> float | None:
         """The next moment at which time alone changes something: a time limit, the end of a pause, an age, a drain.
@@ -414,13 +435,15 @@ class ClusterState:
                     node = charged(node, job.gang.bundle, placed.slots, +1)
         self.capacity.join(node)
         self._nodes_changed()
+        self._note_cordoned(node.id, name=node.name, gone_at=None)
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
-        if self.capacity.leave(event.node_id) is None:
-            return []
-        self.health.forget(event.node_id)
-        self._nodes_changed()
+        self._note_cordoned(event.node_id, gone_at=event.at)
+        # A node that went while nobody looked never came: what was charged on it is lost all the same.
+        if self.capacity.leave(event.node_id) is not None:
+            self.health.forget(event.node_id)
+            self._nodes_changed()
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
         for job_id in sorted(self.books.charged_on.get(event.node_id, ())):
@@ -437,7 +460,12 @@ class ClusterState:
     def _cordoned(self, event: NodeCordoned) -> list[Effect]:
         old = self.cordons.get(event.node_id)
         since = event.at if old is None else old.at
-        new = Cordon(event.node_id, since, event.by, event.reason, event.draining, event.deadline)
+        name, gone_at = ("", None) if old is None else (old.name, old.gone_at)
+        if event.node_id in self.capacity:
+            name = self.capacity[event.node_id].name
+        new = Cordon(
+            event.node_id, since, event.by, event.reason, event.draining, event.deadline, name, gone_at
+        )
         if new != old:
             self.cordons[event.node_id] = new
             self._cordon_changed(event.node_id)
@@ -448,6 +476,22 @@ class ClusterState:
         if self.cordons.pop(event.node_id, None) is not None:
             self._cordon_changed(event.node_id)
         return []
+
+    def _inherited(self, event: CordonInherited) -> list[Effect]:
+        old = self.cordons.pop(event.old_id, None)
+        if old is not None:
+            self._cordon_changed(event.old_id)
+            if event.node_id not in self.cordons:
+                self.cordons[event.node_id] = replace(old, node_id=event.node_id, gone_at=None)
+                self._cordon_changed(event.node_id)
+        return []
+
+    def _note_cordoned(self, node_id: str, **news: object) -> None:
+        """What became of a cordoned node: kept with the cordon, which outlives it."""
+        old = self.cordons.get(node_id)
+        if old is not None and (new := replace(old, **news)) != old:
+            self.cordons[node_id] = new
+            self._cordons_changed.add(node_id)
 
     def _cordon_changed(self, node_id: str) -> None:
         self._cordons_changed.add(node_id)
@@ -667,8 +711,7 @@ def _resume(job: Job, attempt: Attempt) -> list[Effect]:
         case Phase.RESERVING:
             effects = [Reserve(job.id, attempt.number, gang, attempt.placed)]
         case Phase.STARTING | Phase.RUNNING:
-            running = attempt.phase is Phase.RUNNING
-            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s, running)]
+            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
         case Phase.RELEASING:
             return [Release(job.id, attempt.number, gang, attempt.placed)]
     if attempt.stop is not None:
@@ -744,6 +787,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     NodeLost: ClusterState._node_lost,
     NodeCordoned: ClusterState._cordoned,
     NodeUncordoned: ClusterState._uncordoned,
+    CordonInherited: ClusterState._inherited,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
 }

@@ -13,6 +13,7 @@ words, for whatever the world has done to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, Select, bindparam, delete, func, select, text, update
 
 from rm.core.books import Owner
+from rm.core.events import Event, NodeJoined, NodeLost
 from rm.core.fairshare import Usage
 from rm.core.model import TERMINAL, Job, Status
 from rm.core.resources import gpu_count
@@ -94,6 +96,7 @@ class Ledger:
             policy = connection.execute(_POLICY_ROW).scalar()
             number = next_seq(connection)
             cordoned = connection.execute(select(cordons).order_by(cordons.c.node_id)).all()
+            came_and_went = connection.execute(_NODES).all()
         return Loaded(
             [_job(row) for row in rows],
             number,
@@ -101,6 +104,7 @@ class Ledger:
             sorted((_job(row) for row in ended_rows), key=lambda job: job.ended_at or 0.0),
             None if policy is None else _decoded("the policy", codec.decode_policy, policy),
             [_decoded(f"node {each.node_id}", codec.decode_cordon, each.record) for each in cordoned],
+            _nodes(came_and_went),
         )
 
     def commit(self, batch: Batch) -> None:
@@ -242,6 +246,12 @@ def next_seq(connection: Connection) -> int:
 
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
 _LIFT = delete(cordons)
+_NODES = (
+    select(events.c.seq, events.c.kind, events.c.body)
+    .where(events.c.job_id.is_(None), events.c.kind.in_(["NodeJoined", "NodeLost"]))
+    .order_by(events.c.seq)
+)
+"""By the index on `job_id`: events that are no job's are few."""
 _MOVE = update(jobs).where(jobs.c.id == bindparam("of"))
 _POLICY_ROW = select(meta.c.value).where(meta.c.name == POLICY)
 _USED = text(
@@ -291,6 +301,18 @@ def _usage_fields(owner: Owner, used: Usage) -> Fields:
         "average": codec.moment(used.average),
         "at": codec.moment(used.at),
     }
+
+
+def _nodes(rows: Iterable[Any]) -> dict[str, NodeJoined]:
+    """The nodes that are there after these events, by id."""
+    found: dict[str, NodeJoined] = {}
+    for row in rows:
+        event: Event = _decoded(f"event {row.seq}", partial(codec.decode_event, row.kind), row.body)
+        if isinstance(event, NodeJoined):
+            found[event.node_id] = event
+        elif isinstance(event, NodeLost):
+            found.pop(event.node_id, None)
+    return found
 
 
 def _usage(row: Any) -> Usage:

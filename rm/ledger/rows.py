@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rm.core.books import Owner
 from rm.core.capacity import Totals
-from rm.core.events import Event
+from rm.core.events import Event, NodeJoined
 from rm.core.fairshare import Usage
 from rm.core.model import Cordon, Job
 from rm.core.policy import Policy
@@ -63,7 +63,7 @@ class Loaded:
     """What an allocator starts from: the jobs that have not ended, by `seq`, and the next free `seq`.
 
     `ended`: the latest ended jobs, oldest first, from which durations are learnt. `policy`: None where none was
-    ever applied.
+    ever applied. `nodes`: those that the history leaves in the cluster, by id, as they joined it.
     """
 
     jobs: list[Job]
@@ -72,6 +72,7 @@ class Loaded:
     ended: list[Job] = field(default_factory=list)
     policy: AppliedPolicy | None = None
     cordons: list[Cordon] = field(default_factory=list)
+    nodes: dict[str, NodeJoined] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

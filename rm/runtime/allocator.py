@@ -15,6 +15,7 @@ import shlex
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +26,10 @@ from rm import rights
 from rm.core.cycle import why_each
 from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
 from rm.core.forecast import Twin
-from rm.core.model import TERMINAL, Job, Kind, Node, Status, StopCause, attempt_key
+from rm.core.model import TERMINAL, Cordon, Job, Kind, Node, Status, StopCause, attempt_key
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
+from rm.core.resources import Devices
 from rm.errors import (
     AllocatorUnavailable,
     InvalidSpec,
@@ -44,6 +46,7 @@ from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
+from rm.runtime.old_world import OldWorld
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
@@ -59,6 +62,7 @@ from rm.views import (
     QueueView,
     array_status,
     array_view,
+    gone_node_view,
     job_view,
     node_view,
     queue_views,
@@ -69,6 +73,8 @@ log = logging.getLogger("rm.allocator")
 
 HOLDERS_LOOK_S = 1.0
 NODE_TYPES_LOOK_S = 60.0
+THREADS = 256
+"""Most threads for calls that block: made when needed. More than there are gangs that start or end at one moment."""
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
 SPECS_KEPT = 2_000
@@ -113,6 +119,8 @@ class Allocator:
 
     async def _recover(self) -> None:
         config = self._config
+        # Calls to Ray wait as long as its GCS is away, one thread each. The ledger must not have to wait behind them.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "rm"))
         self._ledger = await asyncio.to_thread(Ledger.open, config.ledger_url)
         # Ray starts a crashed actor again under the same id; a new allocator has another.
         life = f"{ray.get_runtime_context().get_actor_id()} {boot_id()}"
@@ -142,7 +150,9 @@ class Allocator:
         self._writer = Writer(
             self._ledger,
             clock=self._clock,
-            execute=self._gangs.execute,
+            execute=OldWorld(
+                self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
+            ).execute,
             max_pending=config.max_pending,
             check=bool(os.environ.get("RM_CHECK")),
         )
@@ -165,7 +175,7 @@ class Allocator:
             if job.attempt and job.attempt.stand:
                 self._stands.adopt(attempt_key(job.id, job.attempt.number), job.attempt.stand)
         await self._remove_orphans(runners)
-        await self._watch.observe()
+        await self._watch.first(self._writer.recorded)
         await self._watch.observe_node_types()
         for job in self._writer.state.jobs.values():
             if job.ttl_s is not None:
@@ -382,10 +392,16 @@ class Allocator:
             return await asyncio.to_thread(self._ledger.events, None, after, limit, array_id=job_id)
         return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
 
-    async def nodes(self) -> list[NodeView]:
-        """Every node with what is charged, foreign and free on it."""
+    async def nodes(self, *, gone: bool = False) -> list[NodeView]:
+        """Every node with what is charged, foreign and free on it. `gone`: also nodes that left, and are cordoned."""
         await self._up()
-        return self._node_views(self._writer.view().nodes.values())
+        views = self._node_views(self._writer.view().nodes.values())
+        return views + [gone_node_view(each) for each in self._gone_cordons()] if gone else views
+
+    def _gone_cordons(self) -> list[Cordon]:
+        """Cordons of nodes that are not there."""
+        state = self._writer.state
+        return [each for node_id, each in sorted(state.cordons.items()) if node_id not in state.nodes]
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons = self._writer.view(), self._writer.state.cordons
@@ -498,10 +514,14 @@ class Allocator:
         return self._still_there(chosen)
 
     async def uncordon(self, nodes: list[str], by: str) -> list[NodeView]:
-        """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode, NotAllowed."""
+        """Place jobs on these nodes again, and forget what was counted against them. Raises UnknownNode, NotAllowed.
+
+        Nodes that are gone can be named too: their cordons are forgotten.
+        """
         await self._up()
         self._require_admin("uncordon nodes", by)
-        chosen = named(nodes, self._writer.view().nodes)
+        gone = {each.node_id: _departed(each) for each in self._gone_cordons()}
+        chosen = named(nodes, self._writer.view().nodes, gone)
         now = self._clock()
         await self._writer.request_all([NodeUncordoned(now, node.id, by) for node in chosen])
         return self._still_there(chosen)
@@ -691,6 +711,11 @@ class Allocator:
         self._specs[job_id] = spec
         while len(self._specs) > SPECS_KEPT:
             self._specs.popitem(last=False)
+
+
+def _departed(cordon: Cordon) -> Node:
+    """A node that is gone, to be named by: nothing of it is known but its name."""
+    return Node(cordon.node_id, cordon.name or cordon.node_id[:8], 0, Devices.whole(0), 0, 0, 0, 0)
 
 
 def _submission_id(spec: JobSpec, first_job: str) -> str:

@@ -181,6 +181,7 @@ class Audit:
         """
         unused = self._stands.unused()
         idle = self._stands.unused_groups()
+        seen = read_nodes()
         nodes = {
             node.id: RayNode(
                 node.name,
@@ -188,7 +189,7 @@ class Audit:
                 node.free_gpu_units,
                 {group_id: amounts[0] for group_id, amounts in node.groups.items() if group_id not in idle},
             )
-            for node in read_nodes().nodes.values()
+            for node in seen.nodes.values()
         }
         asked = doubtful(ledger, nodes)
         self._strangers &= asked
@@ -207,7 +208,7 @@ class Audit:
         runners = {
             f"{self._placements.holder(name)}/{bundle}" for name, _, bundle in names if name not in unused
         }
-        return RayLook(nodes, groups, frozenset(runners))
+        return RayLook(nodes, groups, frozenset(runners), seen.unheard)
 
     async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, list[GpuProcess]], list[str]]:
         """What the drivers say on nodes with free GPUs: a task that needs nothing, pinned to each."""
@@ -293,7 +294,9 @@ async def _probe(node_id: str) -> list[GpuProcess] | str:
     task = ray.remote(gpu_probe.read_gpus).options(
         num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=pinned
     )
-    reading = task.remote()
+    reading = await asyncio.to_thread(
+        task.remote
+    )  # the first one hands the task to the GCS, and waits for it
     try:
         answer: list[GpuProcess] | str = await asyncio.wait_for(reading, PROBE_S)
     except Exception as error:

@@ -33,13 +33,14 @@ from rm.core.events import (
     RunLost,
     RunStarted,
 )
-from rm.core.model import Kind, Outcome, PlacedBundle, Status, attempt_key
+from rm.core.model import Kind, Outcome, Phase, PlacedBundle, Status, attempt_key
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
+from rm.ledger.rows import JobRow
 from rm.runtime.nodes import NodeGone, NodeWatch, Seen
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.placements import Placements
-from rm.runtime.runners import RunnerGone, Runners
+from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
 from rm.spec import Config, JobSpec
 
@@ -165,6 +166,8 @@ class Gangs:
         timeout_s = self._config.reserve_timeout_s
         need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
         made = self._placements.group_id(attempt) is not None
+        if not made and any(self._watch.seen.gone(node_id) for node_id in need):
+            return self._why_not(need)  # ids never come back
         if not made and await self._take_stand(effect, attempt):
             return None
         # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
@@ -210,7 +213,7 @@ class Gangs:
 
     def _drop_seen_claims(self, seen: Seen) -> None:
         for attempt, (group_id, by_node) in list(self._claims.items()):
-            gone = all(node_id not in seen.nodes for node_id in by_node)
+            gone = all(seen.gone(node_id) for node_id in by_node)
             if gone or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
                 del self._claims[attempt]
 
@@ -222,7 +225,8 @@ class Gangs:
         for node_id, units in need.items():
             node = self._watch.seen.nodes.get(node_id)
             if node is None:
-                return f"node {node_id[:8]} is gone"
+                gone = self._watch.seen.gone(node_id)
+                return f"node {node_id[:8]} " + ("is gone" if gone else "has not reported to Ray's GCS")
             if node.free_gpu_units < units:
                 return (
                     f"Ray shows {gpu_count(node.free_gpu_units):g} free GPUs on {node.name} "
@@ -256,7 +260,7 @@ class Gangs:
         except RayError as error:
             event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
         except RunnerGone as error:
-            event = RunLost(self._clock(), *key, str(error))
+            event = RunLost(self._clock(), *key, str(error), error.node_id)
         except NodeGone as error:
             event = RunLost(self._clock(), *key, str(error), error.node_id)
         except TimeoutError as error:
@@ -281,6 +285,14 @@ class Gangs:
             node_ids = {each.node_id for each in effect.placed}
             await self._stands.take_down(attempt, node_ids, effect.gang.count)
         self._post(PlacementReleased(self._clock(), effect.job_id, effect.attempt))
+
+
+class RunnerGone(Exception):
+    """A runner that was there is no more."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__("a runner died while there was no allocator")
+        self.node_id = node_id
 
 
 class _Stopping:
@@ -345,7 +357,7 @@ class _GangRun:
         group = gangs._placements.handle(self._attempt)
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
-        seats = await self._seats(group, spec)
+        seats = await self._seats(group, row)
         if seats is None:
             stopped = Outcome(Status.CANCELLED, "stopped while its runners started")
             return RunExited(clock(), effect.job_id, effect.attempt, stopped)
@@ -366,7 +378,7 @@ class _GangRun:
             self._attempt, self._effect.gang, self._effect.placed, self._runtime_env, self._handles
         )
 
-    async def _seats(self, group: PlacementGroup, spec: JobSpec) -> list[Seat] | None:
+    async def _seats(self, group: PlacementGroup, row: JobRow) -> list[Seat] | None:
         """The runners' seats, or None when a stop comes first. They are taken over, found, or started."""
         stands, name = self._gangs._stands, self._gangs._stands.name(self._attempt)
         self._handles = stands.runners(self._attempt)
@@ -379,10 +391,14 @@ class _GangRun:
                 self.failed_on = None
                 await self._gangs._runners.kill(name, self._effect.gang.count)
         runners, gang = self._gangs._runners, self._effect.gang
-        if self._effect.running:
-            self._handles = await runners.find(name, gang.count)
+        if row.job.attempt is not None and row.job.attempt.phase is Phase.RUNNING:
+            # Taken over from another allocator. A runner that died meanwhile is not made anew: code would run twice.
+            found = await runners.find(name, gang.count)
+            if None in found:
+                raise RunnerGone(self._effect.placed[found.index(None)].node_id)
+            self._handles = found
         else:
-            self._handles = await runners.start(name, gang, group, spec.runtime_env)
+            self._handles = await runners.start(name, gang, group, row.spec.runtime_env)
         return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
 
     async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:

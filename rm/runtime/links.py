@@ -31,7 +31,7 @@ class Link:
         while True:
             try:
                 if self._handle is None:
-                    self._handle = ray.get_actor(self._name, namespace=NAMESPACE)
+                    self._handle = await asyncio.to_thread(ray.get_actor, self._name, namespace=NAMESPACE)
                 return await getattr(self._handle, method).remote(*args)
             except (RayActorError, ValueError):
                 self._handle = None

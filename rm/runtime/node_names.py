@@ -13,18 +13,19 @@ SHORT_ID = 8
 """Characters of an id that tell nodes apart in listings."""
 
 
-def named(words: Iterable[str], nodes: Mapping[str, Node]) -> list[Node]:
-    """The nodes that these words name, each once. Raises UnknownNode for a word that names none, or several."""
-    found = {node.id: node for node in (_named(word, nodes) for word in words)}
+def named(
+    words: Iterable[str], nodes: Mapping[str, Node], gone: Mapping[str, Node] | None = None
+) -> list[Node]:
+    """The nodes that these words name, each once. Raises UnknownNode for a word that names none, or several.
+
+    `gone`: nodes that are meant where none of `nodes` is.
+    """
+    found = {node.id: node for node in (_named(word, nodes, gone or {}) for word in words)}
     return list(found.values())
 
 
-def _named(word: str, nodes: Mapping[str, Node]) -> Node:
-    if word in nodes:
-        return nodes[word]
-    meant = [node for node in nodes.values() if node.name == word]
-    if not meant and word:
-        meant = [node for node in nodes.values() if node.id.startswith(word)]
+def _named(word: str, nodes: Mapping[str, Node], gone: Mapping[str, Node]) -> Node:
+    meant = _meant(word, nodes) or _meant(word, gone)
     if len(meant) == 1:
         return meant[0]
     if meant:
@@ -34,6 +35,13 @@ def _named(word: str, nodes: Mapping[str, Node]) -> Node:
     raise UnknownNode(
         f"there is no node {word!r}; there are {_list(nodes.values())}", field="node", node=word
     )
+
+
+def _meant(word: str, nodes: Mapping[str, Node]) -> list[Node]:
+    if word in nodes:
+        return [nodes[word]]
+    named = [node for node in nodes.values() if node.name == word]
+    return named or [node for node in nodes.values() if word and node.id.startswith(word)]
 
 
 def _list(nodes: Iterable[Node]) -> str:

@@ -4,6 +4,10 @@ Ray pushes nothing of this to Python, so it is read: slowly when nothing moves, 
 for a change. One reader serves all who wait. What our own groups hold is told apart from what strangers hold by
 the `GPU_group_<id>` resources that a node carries as long as a group's bundle is committed there: they come and
 go in the same report as the node's free GPUs, so "the group's key is gone" means that its capacity is back.
+
+A GCS that was restarted knows the nodes from Redis, but not what they hold: until each raylet has reported to it, a
+second or two later, Ray's own calls show every node as free and every group as gone. Such a node is *unheard*: it is
+taken as it last was, and nothing is concluded from it.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ray
-from ray._private.state import available_resources_per_node, total_resources_per_node
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import ResourcesData, ResourceUsageBatchData
 
 from rm.core.events import Event, ForeignUseObserved, NodeJoined, NodeLost, NodeTypesObserved
 from rm.core.model import NodeShape
@@ -25,6 +30,10 @@ from rm.core.resources import gpu_units
 log = logging.getLogger("rm.nodes")
 
 FAST_S = 0.025
+HEARD_S = 5.0
+"""How long a start waits for the nodes that Ray lists and that have not reported to it. Live ones take a second."""
+START_S = 60.0
+"""How long a start waits for a reading."""
 Amounts = tuple[int, int, int]
 """GPU units, milli-CPUs, bytes."""
 _GROUP = re.compile(r"^(CPU|GPU|memory|bundle)_group_([0-9a-f]{36})$")
@@ -54,10 +63,20 @@ class Seen:
 
     at: float = 0.0
     nodes: dict[str, SeenNode] = field(default_factory=dict)
+    unheard: frozenset[str] = frozenset()
+    """Live nodes that have not reported to this GCS. Those in `nodes` are as they were before it was restarted."""
 
     def holds(self, group_id: str, node_id: str) -> bool:
         node = self.nodes.get(node_id)
         return node is not None and group_id in node.groups
+
+    def lacks(self, group_id: str, node_id: str) -> bool:
+        """Whether the node has said that it does not hold the group, or is gone. Not the same as not holding it."""
+        return node_id not in self.unheard and not self.holds(group_id, node_id)
+
+    def gone(self, node_id: str) -> bool:
+        """Whether Ray no longer lists the node as alive. Before the first reading nothing is gone."""
+        return self.at > 0 and node_id not in self.nodes and node_id not in self.unheard
 
 
 class NodeGone(Exception):
@@ -87,6 +106,7 @@ class NodeWatch:
         self._hurry = asyncio.Event()
         self._next: asyncio.Future[None] | None = None
         self._known: dict[str, SeenNode] = {}
+        self._expected: set[str] = set()
         self._foreign: dict[str, Amounts] = {}
         self._unconfirmed: dict[str, Amounts] = {}
         self._launchable: tuple[NodeShape, ...] | None = None
@@ -110,9 +130,29 @@ class NodeWatch:
                 continue
             await asyncio.sleep(FAST_S)
 
+    async def first(self, expected: Iterable[str]) -> None:
+        """The readings before anything is planned: until every live node is heard, or has had its time.
+
+        `expected`: nodes that the ledger believes to be there. Those that are not are told of as lost.
+        Raises what Ray raises where its nodes can't be read for START_S.
+        """
+        began = time.monotonic()
+        self._expected = set(expected)
+        while True:
+            try:
+                await self.observe()
+            except Exception:
+                if time.monotonic() - began > START_S:
+                    raise
+                log.warning("Ray's nodes can't be read yet", exc_info=True)
+            else:
+                if not self.seen.unheard or time.monotonic() - began > HEARD_S:
+                    return
+            await asyncio.sleep(4 * FAST_S)
+
     async def observe(self) -> None:
         """One reading, and the events that it brings."""
-        seen = await asyncio.to_thread(read_nodes)
+        seen = await asyncio.to_thread(read_nodes, self.seen)
         self.seen = seen
         self._report(seen)
         waiting, self._next = self._next, None
@@ -139,7 +179,7 @@ class NodeWatch:
     async def lost(self, node_ids: Collection[str]) -> str:
         """Wait until a reading shows one of these nodes no more: which. Hurries nobody."""
         while True:
-            if self.seen.at and (missing := [each for each in node_ids if each not in self.seen.nodes]):
+            if missing := [each for each in node_ids if self.seen.gone(each)]:
                 return min(missing)
             if self._next is None:
                 self._next = asyncio.get_running_loop().create_future()
@@ -147,10 +187,12 @@ class NodeWatch:
 
     def _report(self, seen: Seen) -> None:
         now = self._clock()
-        for node_id in self._known.keys() - seen.nodes.keys():
-            self._post(NodeLost(now, node_id))
-            self._foreign.pop(node_id, None)
-            self._unconfirmed.pop(node_id, None)
+        for node_id in sorted(self._known.keys() | self._expected):
+            if seen.gone(node_id):
+                self._post(NodeLost(now, node_id))
+                self._foreign.pop(node_id, None)
+                self._unconfirmed.pop(node_id, None)
+        self._expected &= seen.unheard
         for node in seen.nodes.values():
             if _identity(self._known.get(node.id)) != _identity(node):
                 slots = node.gpu_units // 10_000
@@ -199,22 +241,41 @@ def _identity(node: SeenNode | None) -> tuple[object, ...] | None:
     return node.name, node.gpu_units, node.cpu_milli, node.memory_bytes, node.labels
 
 
-def read_nodes() -> Seen:
-    """One reading of all alive nodes. Blocks for some milliseconds."""
+def read_nodes(before: Seen | None = None) -> Seen:
+    """One reading of all alive nodes. Blocks for some milliseconds, and for as long as the GCS is away.
+
+    `before`: where nodes that are not heard are taken from. Raises RuntimeError for a table that can't be true.
+    """
     at = time.monotonic()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    available = available_resources_per_node()
-    totals = total_resources_per_node()
-    return Seen(at, {n["NodeID"]: _seen(n, available, totals) for n in alive if n["NodeID"] in available})
+    alive = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+    here = ray.get_runtime_context().get_node_id()
+    if here not in alive:
+        # We live, so the node does: this GCS has lost its tables. What it does not list need not be gone.
+        raise RuntimeError(
+            f"Ray lists {len(alive)} live nodes, and the one that asks ({here}) is none of them"
+        )
+    reports = _reports()
+    unheard = alive.keys() - reports.keys()
+    seen = {
+        node_id: _seen(node_id, alive[node_id], reports[node_id]) for node_id in alive.keys() & reports.keys()
+    }
+    for node_id in unheard & (before.nodes.keys() if before else set()):
+        assert before is not None
+        seen[node_id] = before.nodes[node_id]
+    return Seen(at, seen, frozenset(unheard))
 
 
-def _seen(
-    node: dict[str, object], available: dict[str, dict[str, float]], totals: dict[str, dict[str, float]]
-) -> SeenNode:
-    node_id = str(node["NodeID"])
+def _reports() -> dict[str, ResourcesData]:
+    """What each raylet last said of itself: free and total in one message. A node that has not spoken is left out."""
+    batch = state._connect_and_get_accessor().get_all_resource_usage()
+    found = ResourceUsageBatchData.FromString(batch).batch if batch else ()
+    return {each.node_id.hex(): each for each in found if each.resources_total}
+
+
+def _seen(node_id: str, node: dict[str, object], report: ResourcesData) -> SeenNode:
     resources: dict[str, float] = node["Resources"]  # type: ignore[assignment]
     labels: dict[str, str] = node["Labels"]  # type: ignore[assignment]
-    free = available.get(node_id, {})
+    free = report.resources_available
     return SeenNode(
         id=node_id,
         name=str(node["NodeName"] or node["NodeManagerHostname"]),
@@ -225,11 +286,11 @@ def _seen(
         free_cpu_milli=round(free.get("CPU", 0.0) * 1000),
         free_memory_bytes=int(free.get("memory", 0.0)),
         labels=tuple(sorted(labels.items())),
-        groups=_groups(totals.get(node_id, {})),
+        groups=_groups(report.resources_total),
     )
 
 
-def _groups(resources: dict[str, float]) -> dict[str, Amounts]:
+def _groups(resources: Mapping[str, float]) -> dict[str, Amounts]:
     found: dict[str, list[int]] = {}
     for key, amount in resources.items():
         if match := _GROUP.match(key):
@@ -245,8 +306,6 @@ def _groups(resources: dict[str, float]) -> dict[str, Amounts]:
 
 def _node_types() -> tuple[NodeShape, ...]:
     """The autoscaler's worker types, from the cluster configuration that it publishes. None without one."""
-    from ray._private.state import state
-
     config = state.get_cluster_config()
     if config is None:
         return ()

@@ -101,7 +101,9 @@ class Placements:
         """Whether the group is committed within `timeout_s`."""
         # Not `wait`: it counts in whole seconds, cuts what is less to nothing, and blocks a thread.
         try:
-            await asyncio.wait_for(self._groups[attempt].ready(), timeout_s)
+            # In a thread: of a group that was found again Ray first asks the GCS how many bundles it has.
+            committed = await asyncio.to_thread(self._groups[attempt].ready)
+            await asyncio.wait_for(committed, timeout_s)
         except TimeoutError:
             return False
         return True

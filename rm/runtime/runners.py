@@ -24,13 +24,6 @@ NAMESPACE = "rm"
 CONCURRENT_CALLS = 16
 
 
-class RunnerGone(Exception):
-    """A runner that was there is no more."""
-
-    def __init__(self, attempt: str) -> None:
-        super().__init__(f"a runner of {attempt} died while nobody was looking")
-
-
 class Runners:
     """The runners of one ledger's attempts."""
 
@@ -64,15 +57,13 @@ class Runners:
         ]
 
     async def find(self, attempt: str, count: int) -> list[Any]:
-        """As `start`, but none is started. Raises RunnerGone where one is not there."""
-        return await asyncio.to_thread(self._find, attempt, count)
+        """One handle per bundle, None where there is no such runner."""
+        return await asyncio.to_thread(lambda: [self._find(attempt, bundle) for bundle in range(count)])
 
-    def _find(self, attempt: str, count: int) -> list[Any]:
-        try:
-            names = [self._name(attempt, bundle) for bundle in range(count)]
-            return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
-        except ValueError as error:
-            raise RunnerGone(attempt) from error
+    def _find(self, attempt: str, bundle: int) -> Any:
+        with contextlib.suppress(ValueError):
+            return ray.get_actor(self._name(attempt, bundle), namespace=NAMESPACE)
+        return None
 
     async def kill(self, attempt: str, count: int) -> None:
         """End the attempt's runners, if there are any. Their keepers end what is left of user code."""

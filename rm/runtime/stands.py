@@ -230,4 +230,4 @@ def _places(bundle: Bundle, placed: Sequence[PlacedBundle]) -> tuple[object, ...
 
 def _gone(group_id: str, node_ids: set[str], since: float) -> Callable[[Seen], bool]:
     """Whether a reading begun after `since` shows the group on none of its nodes."""
-    return lambda seen: seen.at > since and not any(seen.holds(group_id, node_id) for node_id in node_ids)
+    return lambda seen: seen.at > since and all(seen.lacks(group_id, node_id) for node_id in node_ids)

@@ -30,6 +30,7 @@ from rm.core.events import (
     ForeignUseObserved,
     JobSubmitted,
     NodeJoined,
+    NodeLost,
     NodeTypesObserved,
     PolicyChanged,
 )
@@ -97,6 +98,8 @@ class Writer:
         self.policy = AppliedPolicy(Policy())
         """The rules in force, as committed."""
         self.state = ClusterState(self.policy.policy)
+        self.recorded: dict[str, NodeJoined] = {}
+        """The nodes that the ledger's history leaves in the cluster, by id: who joins it again is no news."""
         self._next_seq = 1
 
     # --- life --------------------------------------------------------------------------------------------
@@ -288,12 +291,30 @@ class Writer:
     def _apply(self, event: Event, before: Totals, rows: list[EventRow], effects: list[Effect]) -> Totals:
         version = self.state.version
         effects += self.state.apply(event)
-        if self.state.version == version:
-            return before  # old news: nothing happened, so nothing is recorded
+        news = self._is_news(event)
+        if self.state.version == version and not news:
+            return before  # nothing happened, so nothing is recorded
         after = self.state.totals()
-        if event.durable:
+        if event.durable and news is not False:
             rows.append(EventRow(event, before, after))
         return after
+
+    def _is_news(self, event: Event) -> bool | None:
+        """Whether the ledger's history tells otherwise than the event of a node that came or went. None: ask the state.
+
+        Each allocator observes all nodes anew, and finds those gone that went while none was there.
+        """
+        match event:
+            case NodeJoined():
+                known = self.recorded.get(event.node_id)
+                if known is not None and replace(known, at=event.at) == event:
+                    return False
+                self.recorded[event.node_id] = event
+                return True
+            case NodeLost():
+                if self.recorded.pop(event.node_id, None) is not None:
+                    return True
+        return None
 
     def _publish(self, changed: Iterable[Job]) -> None:
         self._nodes = dict(self.state.nodes)
@@ -338,6 +359,7 @@ class Writer:
     def _restore(self, loaded: Loaded) -> list[Effect]:
         """A new state from the ledger; returns the effects that were under way."""
         self.policy = loaded.policy or AppliedPolicy(Policy())
+        self.recorded = dict(loaded.nodes)
         self.state = ClusterState(self.policy.policy)
         return self.state.restore(loaded.jobs, loaded.usage, loaded.ended, loaded.cordons)
 

@@ -135,8 +135,8 @@ class FakeClient(Client):
     def on_why(self, job_id: str) -> dict[str, Any]:
         return self.reasons[job_id]
 
-    def on_nodes(self) -> list[NodeView]:
-        return self.node_views
+    def on_nodes(self, *, gone: bool = False) -> list[NodeView]:
+        return [each for each in self.node_views if gone or each.status != "gone"]
 
     def on_audit(self, *, look: bool) -> AuditView:
         self.audits_asked.append(look)

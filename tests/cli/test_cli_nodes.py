@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from fake_client import HOSTILE, FakeClient, event, node
 
+from rm.core.model import Cordon
 from rm.tables import moment
+from rm.views import gone_node_view
 
 SINCE = 1_700_000_000.0
 AGE = {"by": "ada", "reason": "a fan is loud", "at": SINCE, "deadline": None}
@@ -92,9 +94,19 @@ def test_events_tell_of_cordons(rmctl: Any, fake: FakeClient) -> None:
         event(2, "NodeCordoned", None, body={**body, "draining": True, "deadline": SINCE}),
         event(3, "StopRequested", "j1", body={"cause": "drained", "by": "node big"}),
         event(4, "NodeUncordoned", None, body={"node_id": "ab" * 28, "by": "ada"}),
+        event(5, "CordonInherited", None, body={"node_id": "cd" * 28, "old_id": "ab" * 28}),
     ]
     _, *rows = rmctl("events").out.splitlines()
     assert rows[0].endswith("node abababab cordoned by ada: a fan")
     assert rows[1].endswith(f"node abababab drains until {moment(SINCE)} by ada: a fan")
     assert rows[2].endswith("node big is drained")
     assert rows[3].endswith("node abababab uncordoned by ada")
+    assert rows[4].endswith("node cdcdcdcd is cordoned as abababab was, which had its name")
+
+
+def test_a_cordoned_node_that_is_gone_is_listed_last(rmctl: Any, two_nodes: FakeClient) -> None:
+    two_nodes.node_views.append(gone_node_view(Cordon("ef" * 28, SINCE, "ada", "a fan", gone_at=SINCE)))
+    row = rmctl("nodes").out.splitlines()[-1]
+    assert row.startswith("efefefef"), "its name is not known"
+    assert row.endswith(f"gone since {moment(SINCE)}, cordoned by ada since {moment(SINCE)}: a fan")
+    assert [each["status"] for each in rmctl("nodes", "--json").json] == ["ready", "ready", "gone"]

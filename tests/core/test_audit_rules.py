@@ -211,6 +211,7 @@ def test_nodes_that_one_side_does_not_know_are_reported() -> None:
     assert found(ledger(), ray(nodes=(A,))) == [(Fault.NODE, "b bbbbbbbb")]
     assert found(ledger(nodes=(A,)), ray(), ledger()) == [], "it joined meanwhile"
     assert found(ledger(), ray(nodes=(A,)), ledger(nodes=(A,))) == [], "it left meanwhile"
+    assert found(ledger(), replace(ray(nodes=(A,)), unheard=frozenset({B}))) == [], "it has not reported yet"
     look = ray()
     smaller = {**look.nodes, A: replace(look.nodes[A], gpu_units=4 * UNIT)}
     assert found(ledger(), replace(look, nodes=smaller)) == [(Fault.NODE, "a aaaaaaaa")]

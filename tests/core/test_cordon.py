@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 
 from rm.core.cycle import why
-from rm.core.events import NodeCordoned, NodeLost, RunExited, RunLost, StopRequested
+from rm.core.events import (
+    CordonInherited,
+    NodeCordoned,
+    NodeJoined,
+    NodeLost,
+    RunExited,
+    RunLost,
+    StopRequested,
+)
 from rm.core.forecast import Twin
 from rm.core.health import NAMED, Failure, Health
-from rm.core.model import Cordon, Outcome, Status, StopCause
+from rm.core.model import Cordon, Kind, Outcome, Status, StopCause
 from rm.core.policy import Policy
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
@@ -178,3 +186,73 @@ def test_a_job_on_a_draining_node_is_told_once() -> None:
     stops = [event for event in fake.history if isinstance(event, StopRequested)]
     assert [event.cause for event in stops] == [StopCause.DRAINED]
     assert fake.ended["j1"].status is Status.SUCCEEDED
+
+
+def joined(node_id: str, name: str) -> NodeJoined:
+    return NodeJoined(5.0, node_id, name, 4, 0, 0)
+
+
+def cordoned_and_gone(*others: NodeJoined) -> ClusterState:
+    state = ClusterState()
+    for event in (joined("old", "gpu-1"), *others, NodeCordoned(6.0, "old", "ada", "a fan", True, 99.0)):
+        state.apply(event)
+    state.apply(NodeLost(7.0, "old"))
+    return state
+
+
+def test_a_cordon_goes_on_with_the_node_that_has_its_name_now() -> None:
+    state = cordoned_and_gone()
+    assert state.cordons["old"] == Cordon("old", 6.0, "ada", "a fan", True, 99.0, "gpu-1", gone_at=7.0)
+    assert state.due(8.0) == [], "nobody has its name"
+    state.apply(joined("new", "gpu-1"))
+    assert not state.nodes["new"].cordoned
+    (event,) = state.due(8.0)
+    assert event == CordonInherited(8.0, "new", "old")
+    state.apply(event)
+    assert state.cordons == {"new": Cordon("new", 6.0, "ada", "a fan", True, 99.0, "gpu-1")}
+    assert state.nodes["new"].cordoned
+    assert state.take_cordons() == {"new": state.cordons["new"], "old": None}
+    assert state.due(9.0) == []
+    state.check()
+
+
+def test_a_name_that_several_nodes_have_tells_nothing() -> None:
+    state = cordoned_and_gone(joined("twin", "gpu-1"))
+    state.apply(joined("new", "gpu-1"))
+    assert state.due(8.0) == []
+    state.apply(NodeLost(9.0, "new"))
+    assert [each.node_id for each in state.due(9.0)] == ["twin"], "now one has it"
+
+
+def test_a_cordon_of_a_node_that_is_only_not_seen_yet_goes_to_nobody() -> None:
+    """After a restart nodes come one by one, and two on one machine may have one name."""
+    state = ClusterState()
+    state.restore([], cordons=[Cordon("old", 6.0, "ada", name="gpu-1")])
+    state.apply(joined("twin", "gpu-1"))
+    assert state.due(8.0) == []
+    state.apply(joined("old", "gpu-1"))
+    assert state.nodes["old"].cordoned
+
+
+def test_a_node_that_comes_back_under_its_id_keeps_its_cordon() -> None:
+    state = cordoned_and_gone()
+    state.apply(joined("old", "gpu-2"))
+    assert state.cordons["old"] == Cordon("old", 6.0, "ada", "a fan", True, 99.0, "gpu-2")
+    assert state.nodes["old"].cordoned
+
+
+def test_what_is_said_of_a_cordoned_node_that_is_gone_keeps_its_name() -> None:
+    state = cordoned_and_gone()
+    state.apply(NodeCordoned(8.0, "old", "bob", "sold"))
+    assert state.cordons["old"] == Cordon("old", 6.0, "bob", "sold", name="gpu-1", gone_at=7.0)
+
+
+def test_a_lease_on_a_node_that_went_while_nobody_looked_is_lost() -> None:
+    fake = FakeCluster()
+    fake.add_node("n0", 1)
+    fake.submit(1, kind=Kind.LEASE, behaviour=LONG)
+    fake.run(lambda: all(job.status is Status.RUNNING for job in fake.state.jobs.values()))
+    again = ClusterState()
+    again.restore(fake.state.jobs.values())
+    again.apply(NodeLost(fake.now, "n0"))
+    assert again.jobs["j1"].status is Status.STOPPING

@@ -54,3 +54,10 @@ def test_a_large_cluster_is_not_listed_whole() -> None:
         named(["x"], many)
     with pytest.raises(UnknownNode, match="there are none"):
         named(["x"], {})
+
+
+def test_a_node_that_is_gone_is_meant_where_no_other_is() -> None:
+    gone = {each.id: each for each in (node("ef" * 28, "gpu-1"), node("09" * 28, "gpu-9"))}
+    assert [each.id[:2] for each in named(["gpu-1", "gpu-9", "ef"], NODES, gone)] == ["ab", "09", "ef"]
+    with pytest.raises(UnknownNode, match="there is no node 'gpu-9'"):
+        named(["gpu-9"], NODES)

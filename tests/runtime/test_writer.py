@@ -14,6 +14,7 @@ from rm.core.events import (
     HoldChanged,
     NodeCordoned,
     NodeJoined,
+    NodeLost,
     NodeUncordoned,
     PlacementReady,
     PlacementReleased,
@@ -304,7 +305,7 @@ def test_cordons_and_drains_survive_a_restart(tmp_path: Path) -> None:
         world.hold_runs = True
         (job,) = writer.state.jobs
         await until(lambda: "n" in writer.view().nodes)
-        assert writer.state.cordons == {"n": Cordon("n", 0, "ada", "a fan", True, 1e9)}
+        assert writer.state.cordons == {"n": Cordon("n", 0, "ada", "a fan", True, 1e9, "n")}
         (waiting,) = await writer.submit([draft("k2")])
         assert writer.view().jobs[waiting].status is Status.QUEUED
         await writer.request(NodeCordoned(0, "n", "ada", "a fan", True, 0.0))
@@ -315,6 +316,38 @@ def test_cordons_and_drains_survive_a_restart(tmp_path: Path) -> None:
 
     with_writer(tmp_path, first)
     with_writer(tmp_path, second)
+
+
+def test_a_node_joins_once_and_one_that_went_meanwhile_is_lost_once(tmp_path: Path) -> None:
+    def told(ledger: Flaky) -> list[tuple[str, str]]:
+        events = ledger.events()
+        return [(each.kind, each.body["node_id"]) for each in events if each.kind.startswith("Node")]
+
+    async def first(writer: Writer, world: World, ledger: Flaky) -> None:
+        ledger.fail = ["before", "after"]
+        writer.post(NodeJoined(world.at(0), "m", "m", 1, 0, 0))
+        await until(lambda: writer.broken is None and "m" in writer.view().nodes)
+        assert sorted(told(ledger)) == [("NodeJoined", "m"), ("NodeJoined", "n")]
+
+    async def second(writer: Writer, world: World, ledger: Flaky) -> None:
+        assert sorted(writer.recorded) == ["m", "n"]
+        await until(lambda: "n" in writer.view().nodes)
+        writer.post(NodeLost(world.at(0), "m"))
+        writer.post(NodeLost(world.at(0), "m"))
+        await writer.request(NodeCordoned(0, "n"))
+        await writer.request(NodeUncordoned(0, "n"))
+        assert told(ledger)[2:] == [("NodeLost", "m"), ("NodeCordoned", "n"), ("NodeUncordoned", "n")]
+        writer.post(NodeJoined(world.at(0), "n", "n", 8, 8000, 2**30))
+        await until(lambda: writer.view().nodes["n"].gpu_slots == 8)
+        assert told(ledger)[5:] == [("NodeJoined", "n")], "that is another node"
+
+    async def third(writer: Writer, world: World, ledger: Flaky) -> None:
+        await until(lambda: "n" in writer.view().nodes)
+        assert len(told(ledger)) == 6
+
+    with_writer(tmp_path, first)
+    with_writer(tmp_path, second)
+    with_writer(tmp_path, third, gpus=8)
 
 
 def test_durations_are_learnt_again_after_a_restart(tmp_path: Path) -> None:
