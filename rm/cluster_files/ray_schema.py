@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -157,7 +158,7 @@ def _prepared(file: ClusterFile) -> Iterator[Finding]:
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with _quiet(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             validate_config(prepare_config(copy.deepcopy(file.value)))
     except Exception as error:
         if isinstance(error, KeyError):
@@ -167,6 +168,18 @@ def _prepared(file: ClusterFile) -> Iterator[Finding]:
         else:
             words = " ".join((str(error) or said.getvalue()).split()) or type(error).__name__
             yield file.error("ray", _blamed(words), f"Ray refuses the file: {words}", "mend what it names")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray tells about each default that it fills in."""
+    log = logging.getLogger("ray.autoscaler._private.util")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _blamed(words: str) -> Path:
