@@ -34,11 +34,13 @@ def attach(ec2: Any, volume: str, instance: str, wait_s: float = WAIT_S) -> None
         if found["State"] == "available" and not asked:
             ec2.attach_volume(VolumeId=volume, InstanceId=instance, Device="/dev/sdf")
             asked = True
-        for other in holders:
-            if other != instance and holders[other] == "attached":
+        for other, state in holders.items():
+            if other != instance and state == "attached":
                 _let_go(ec2, volume, other)
         if time.monotonic() > deadline:
-            sys.exit(f"{volume} is {found['State']} after {wait_s:g} s, held by {', '.join(holders) or 'nobody'}")
+            sys.exit(
+                f"{volume} is {found['State']} after {wait_s:g} s, held by {', '.join(holders) or 'nobody'}"
+            )
         time.sleep(POLL_S)
 
 
@@ -47,7 +49,9 @@ def _let_go(ec2: Any, volume: str, other: str) -> None:
     described = ec2.describe_instances(InstanceIds=[other])["Reservations"]
     state = described[0]["Instances"][0]["State"]["Name"] if described else "terminated"
     if state not in _GONE:
-        sys.exit(f"{volume} is in use by {other}, which is {state}: two heads must not share a ledger; end that one")
+        sys.exit(
+            f"{volume} is in use by {other}, which is {state}: two heads must not share a ledger; end that one"
+        )
     if state in {"stopped", "terminated"}:
         ec2.detach_volume(VolumeId=volume, InstanceId=other)
 
@@ -67,7 +71,9 @@ def device(volume: str, wait_s: float = 60.0) -> Path:
 def make_file_system(where: Path) -> bool:
     """Make ext4 on a device that holds nothing. Returns whether it did; exits if something else is there."""
     # blkid's low-level probe: 2 where it finds nothing, 0 where it finds something, else it can't tell.
-    probe = subprocess.run(["blkid", "-p", "-o", "value", "-s", "TYPE", str(where)], capture_output=True, text=True)
+    probe = subprocess.run(
+        ["blkid", "-p", "-o", "value", "-s", "TYPE", str(where)], capture_output=True, text=True, check=False
+    )
     if probe.returncode == 2:
         subprocess.run(["mkfs.ext4", "-q", "-L", "ray-rm-home", str(where)], check=True)
         return True
@@ -96,7 +102,9 @@ def add_to_fstab(fstab: Path, target: Path) -> None:
 
 def whoami() -> tuple[str, str]:
     """This machine's id and region, from the instance metadata service (version 2)."""
-    ask = urllib.request.Request(f"{IMDS}/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    ask = urllib.request.Request(
+        f"{IMDS}/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    )
     token = urllib.request.urlopen(ask, timeout=5).read().decode()
     found = []
     for path in ("instance-id", "placement/region"):

@@ -49,7 +49,9 @@ def security_group(ec2: Any, name: str, vpc: str, ssh_from: str) -> str:
     group = (
         found[0]["GroupId"]
         if found
-        else ec2.create_security_group(GroupName=name, Description="Ray nodes of ray-rm", VpcId=vpc)["GroupId"]
+        else ec2.create_security_group(GroupName=name, Description="Ray nodes of ray-rm", VpcId=vpc)[
+            "GroupId"
+        ]
     )
     rules = ec2.describe_security_group_rules(Filters=[{"Name": "group-id", "Values": [group]}])
     among, ssh = False, False
@@ -61,12 +63,16 @@ def security_group(ec2: Any, name: str, vpc: str, ssh_from: str) -> str:
         elif rule["FromPort"] == rule["ToPort"] == 22 and rule.get("CidrIpv4") == ssh_from:
             ssh = True
         else:
-            ec2.revoke_security_group_ingress(GroupId=group, SecurityGroupRuleIds=[rule["SecurityGroupRuleId"]])
+            ec2.revoke_security_group_ingress(
+                GroupId=group, SecurityGroupRuleIds=[rule["SecurityGroupRuleId"]]
+            )
     missing: list[dict[str, Any]] = []
     if not among:
         missing.append({"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]})
     if not ssh:
-        missing.append({"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": ssh_from}]})
+        missing.append(
+            {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": ssh_from}]}
+        )
     if missing:
         ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=missing)
     return str(group)
@@ -80,7 +86,9 @@ def home_volume(ec2: Any, name: str, zone: str, gib: int) -> str:
         sys.exit(f"several volumes are called {tag}; rename all but the one with the ledger")
     if found:
         if found[0]["AvailabilityZone"] != zone:
-            sys.exit(f"--zone: the volume {tag} is in {found[0]['AvailabilityZone']}, and a head in {zone} can't have it")
+            sys.exit(
+                f"--zone: the volume {tag} is in {found[0]['AvailabilityZone']}, and a head in {zone} can't have it"
+            )
         return str(found[0]["VolumeId"])
     made = ec2.create_volume(
         AvailabilityZone=zone,
@@ -153,11 +161,20 @@ def head_policy(name: str, volume: str) -> dict[str, Any]:
         "Version": "2012-10-17",
         "Statement": [
             {"Effect": "Allow", "Action": ["ec2:Describe*", "ec2:RunInstances"], "Resource": "*"},
-            {"Effect": "Allow", "Action": "ssm:GetParameters", "Resource": "arn:aws:ssm:*::parameter/aws/service/*"},
+            {
+                "Effect": "Allow",
+                "Action": "ssm:GetParameters",
+                "Resource": "arn:aws:ssm:*::parameter/aws/service/*",
+            },
             {"Effect": "Allow", "Action": "ec2:CreateTags", "Resource": "*", "Condition": launched},
             {
                 "Effect": "Allow",
-                "Action": ["ec2:CreateTags", "ec2:TerminateInstances", "ec2:AttachVolume", "ec2:DetachVolume"],
+                "Action": [
+                    "ec2:CreateTags",
+                    "ec2:TerminateInstances",
+                    "ec2:AttachVolume",
+                    "ec2:DetachVolume",
+                ],
                 "Resource": "arn:aws:ec2:*:*:instance/*",
                 "Condition": ours,
             },
@@ -192,7 +209,9 @@ def network(text: str) -> str:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make in AWS what cluster.yaml expects.")
     parser.add_argument("--zone", required=True, help="provider.availability_zone of the cluster file")
-    parser.add_argument("--ssh-from", required=True, type=network, metavar="CIDR", help="who may reach port 22")
+    parser.add_argument(
+        "--ssh-from", required=True, type=network, metavar="CIDR", help="who may reach port 22"
+    )
     parser.add_argument("--name", default="ray-rm", help="cluster_name of the cluster file")
     parser.add_argument("--volume-gib", type=int, default=100, help="for ledger, logs and results")
     parser.add_argument("--env-file", type=Path, default=ENV_FILE)
