@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -13,8 +14,8 @@ import aws_prepare
 import boto3
 import pytest
 import yaml
-from conftest import REPO
 
+REPO = Path(__file__).resolve().parents[2]
 ZONE, OURS = "us-west-2a", "203.0.113.7/32"
 
 
@@ -107,6 +108,9 @@ def _holders(ec2: Any, volume: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aws_home, "POLL_S", 0.01)
+    monkeypatch.setenv(
+        "PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    )  # mkfs and blkid, which root finds there
 
 
 def test_the_next_head_gets_the_volume_of_one_that_ended(prepared: dict[str, str]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPO
 
 from rm.cluster_files import Finding, check
 from rm.cluster_files.ray_schema import EXTERNAL_FIELDS
 from rm.settings import Settings
 
+REPO = Path(__file__).resolve().parents[2]
 GOOD = """\
 cluster_name: lab
 max_workers: 4

@@ -9,12 +9,14 @@ the wrong place is an error, as it would silently be dropped by Kubernetes.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
-from conftest import REPO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Strict(BaseModel):

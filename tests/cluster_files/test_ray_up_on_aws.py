@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aws_prepare
 import boto3
 import pytest
 import yaml
-from conftest import REPO
 
+REPO = Path(__file__).resolve().parents[2]
 ZONE, OURS = "us-west-2a", "203.0.113.7/32"
 
 
