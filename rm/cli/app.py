@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rm.cli import cluster, ledger, looking, nodes, queues, simulate, submitting
+from rm.cli import cluster, cluster_files, ledger, looking, nodes, queues, simulate, submitting
 
 HELP = """Share a Ray cluster's GPUs: request, queue, run, release.
 
@@ -74,6 +74,7 @@ app.command("audit", rich_help_panel="Cluster")(cluster.audit)
 app.command("start", rich_help_panel="Cluster")(cluster.start)
 app.command("stop", rich_help_panel="Cluster")(cluster.stop)
 app.add_typer(ledger.ledger, name="ledger", rich_help_panel="Cluster")
+app.add_typer(cluster_files.files, name="cluster", rich_help_panel="Cluster")
 app.command("demo", rich_help_panel="Cluster")(cluster.demo)
 app.command("simulate", cls=simulate.NamesPolicies, rich_help_panel="Planning")(simulate.simulate)
 app.add_typer(simulate.traces, name="trace", rich_help_panel="Planning")
