@@ -457,6 +457,9 @@ class Config(BaseSettings):
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """How long runners may take to start, runtime_env (pip) included."""
     max_pending: Annotated[int, Field(gt=0)] = 100_000
+    """Most jobs that may wait, everybody's together."""
+    max_pending_per_owner: Annotated[int, Field(gt=0)] = 25_000
+    """Most jobs that one owner may have waiting: nobody takes up everybody's place."""
     max_log_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Most that one rank's stdout or stderr may keep in the log store; the rest is dropped and counted."""
 

@@ -12,7 +12,7 @@ words, for whatever the world has done to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, TypeVar
 
@@ -150,6 +150,15 @@ class Ledger:
             raise UnknownJob(f"there is no job {job_id!r} in the ledger", field="job_id")
         return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
 
+    def specs(self, job_ids: Sequence[str]) -> dict[str, JobSpec]:
+        """What was asked for, by id, of those that the ledger has."""
+        stored = {codec.column(job_id): job_id for job_id in job_ids}
+        found: dict[str, JobSpec] = {}
+        for some in _parts(list(stored)):
+            rows = self._read(select(jobs.c.id, jobs.c.spec).where(jobs.c.id.in_(some)))
+            found |= {stored[row.id]: _decoded(row.id, codec.decode_spec, row.spec) for row in rows}
+        return found
+
     def newest(self) -> float:
         """The newest time of the latest events and of the owners' use: seconds since the epoch, 0 where there is none.
 
@@ -217,9 +226,7 @@ class Ledger:
         """Which of these idempotency keys were accepted before: key → job id."""
         stored = {codec.column(key): key for key in keys}
         found: dict[str, str] = {}
-        columns = list(stored)
-        for start in range(0, len(columns), KEYS_AT_ONCE):
-            some = columns[start : start + KEYS_AT_ONCE]
+        for some in _parts(list(stored)):
             rows = self._read(select(jobs.c.key, jobs.c.id).where(jobs.c.key.in_(some)))
             found.update({stored[row.key]: row.id for row in rows})
         return found
@@ -238,6 +245,11 @@ def next_seq(connection: Connection) -> int:
     last = connection.execute(select(func.max(jobs.c.seq))).scalar()
     first = connection.execute(select(meta.c.value).where(meta.c.name == FIRST_SEQ)).scalar()
     return max((last or 0) + 1, int(first or 1))
+
+
+def _parts(columns: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(columns), KEYS_AT_ONCE):
+        yield columns[start : start + KEYS_AT_ONCE]
 
 
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
@@ -259,7 +271,7 @@ def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
     return {
         "id": codec.column(job.id),
         "key": codec.column(accepted.key),
-        "spec": codec.encode_spec(accepted.spec),
+        "spec": accepted.spec_text or codec.encode_spec(accepted.spec),
         "array": codec.column(job.array) if job.array else None,
         **_record_fields(job),
     }

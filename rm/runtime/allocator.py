@@ -141,6 +141,7 @@ class Allocator:
             clock=self._clock,
             execute=self._gangs.execute,
             max_pending=config.max_pending,
+            max_pending_per_owner=config.max_pending_per_owner,
             check=bool(os.environ.get("RM_CHECK")),
         )
         self._audit = Audit(

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
@@ -35,6 +37,7 @@ from rm.core.events import (
 )
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
+from rm.core.records import replace
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -77,12 +80,18 @@ class Writer:
         clock: Callable[[], float],
         execute: Callable[[Iterable[Effect]], None],
         max_pending: int = 100_000,
+        max_pending_per_owner: int = 100_000,
         check: bool = False,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._execute = execute
         self._max_pending = max_pending
+        self._max_pending_per_owner = max_pending_per_owner
+        self._arriving: Counter[str] = Counter()
+        """By owner, jobs that are on their way into the state."""
+        # Of its own: however many readers keep the common threads busy, a commit waits for none of them.
+        self._committer = ThreadPoolExecutor(1, "rm-commit")
         self._check = check
         self._inbox: list[Event | _Request] = []
         self._wake = asyncio.Event()
@@ -155,30 +164,53 @@ class Writer:
         event = PolicyChanged(now, policy, by)
         await self._ask([_Request(event, answer, policy=AppliedPolicy(policy, text, by, now))])
 
-    async def submit(self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]]) -> list[str]:
+    async def submit(
+        self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]], spec_texts: Sequence[str] = ()
+    ) -> list[str]:
         """Accept jobs, all or none; returns their ids once they are durable.
 
         A draft is the spec, its idempotency key, and what makes the core's record from an id and its number. For an
         array that makes many records, and the id is that of the array. Appends to the inbox before it first waits:
-        what the caller has just seen in the state still holds then.
+        what the caller has just seen in the state still holds then. `spec_texts`: the specs as the ledger stores them,
+        where that is known. Raises Busy where too many jobs would wait.
         """
-        if len(self.state.pending) + sum(spec.array or 1 for spec, _, _ in drafts) > self._max_pending:
-            raise Busy(
-                f"{len(self.state.pending)} jobs are waiting and at most {self._max_pending} may "
-                "(RM_MAX_PENDING); submit again when some have started"
-            )
+        new: Counter[str] = Counter()
+        for spec, _, _ in drafts:
+            new[spec.owner] += spec.array or 1
+        self._require_room(new)
         loop = asyncio.get_running_loop()
         now = self._clock()
         requests, ids = [], []
-        for spec, key, make in drafts:
+        for (spec, key, make), text in zip_longest(drafts, spec_texts, fillvalue=""):
             first = self._next_seq
             self._next_seq += spec.array or 1
             ids.append(f"j{first}")
             for job, own_key in _records(make, first, spec.array, key):
-                accepted = Accepted(job, spec, own_key)
+                accepted = Accepted(job, spec, own_key, text)
                 requests.append(_Request(JobSubmitted(now, job), loop.create_future(), accepted))
-        await self._ask(requests)
+        self._arriving += new
+        try:
+            await self._ask(requests)
+        finally:
+            self._arriving -= new
         return ids
+
+    def _require_room(self, new: Mapping[str, int]) -> None:
+        """Raises Busy where with these jobs, by owner, too many would wait."""
+        for owner, count in new.items():
+            waiting = self.state.pending.of_owner(owner) + self._arriving[owner]
+            if waiting + count > self._max_pending_per_owner:
+                raise Busy(
+                    f"{waiting} jobs of {owner} are waiting, and with {count} more they would exceed the "
+                    f"{self._max_pending_per_owner} that one owner may have; submit again when some have started, "
+                    "cancel some, let one job do the work of many, or ask for a higher RM_MAX_PENDING_PER_OWNER"
+                )
+        waiting, count = len(self.state.pending) + self._arriving.total(), sum(new.values())
+        if waiting + count > self._max_pending:
+            raise Busy(
+                f"{waiting} jobs are waiting, and with {count} more they would exceed the {self._max_pending} that "
+                "the cluster holds; submit again when some have started, or ask for a higher RM_MAX_PENDING"
+            )
 
     async def changed(self, job_id: str, timeout_s: float) -> None:
         """Return when a commit has changed the job, or a job of the array, or after `timeout_s`."""
@@ -232,7 +264,9 @@ class Writer:
         if rows or changed or usage or policy or cordons:
             batch = Batch(accepted, rows, changed, usage, policy, cordons)
             try:
-                await asyncio.to_thread(self._ledger.commit, batch)
+                await asyncio.get_running_loop().run_in_executor(
+                    self._committer, self._ledger.commit, batch
+                )
             except LedgerUnavailable as error:
                 self.broken = str(error)
                 log.error("commit failed, %d events wait: %s", len(inbox), error)  # noqa: TRY400
