@@ -36,6 +36,7 @@ from rm.runtime.workspace import Workspace
 log = logging.getLogger("rm.runner")
 
 REPORT_S = 0.5
+REPORT_BYTES = 64 * 1024
 """How often progress is read and passed on."""
 TAIL_LINES = 20
 _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
@@ -182,7 +183,10 @@ class Runner:
         news = False
         for rank in range(order.first_rank, order.first_rank + order.local_world):
             try:
-                report = json.loads(self._workspace.report_path(rank).read_text())
+                path = self._workspace.report_path(rank)
+                if path.stat().st_size > REPORT_BYTES:
+                    continue  # not written by `rm.report`, which keeps within it
+                report = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
             news |= rank == 0 and report != self._progress.get(rank)

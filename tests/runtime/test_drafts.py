@@ -14,7 +14,7 @@ from rm.core.events import RunExited, StopRequested
 from rm.core.model import Job, NodeShape, Outcome, Status, StopCause
 from rm.core.policy import Policy, QueuePolicy
 from rm.errors import Infeasible, InvalidSpec, UnknownJob, UnknownQueue
-from rm.runtime.drafts import Dependencies, draft
+from rm.runtime.drafts import Dependencies, Drafting
 from rm.runtime.writer import Writer
 from rm.spec import build_spec
 
@@ -32,7 +32,7 @@ POLICY = Policy(
 
 def job(policy: Policy = POLICY, **fields: Any) -> Job:
     spec = build_spec(**{"kind": "command", "command": ("true",), "num_gpus": 1, "owner": "ada", **fields})
-    return draft(spec, policy, SHAPES, spec.after, 5.0)("j1", 1)
+    return Drafting(policy, SHAPES, 5.0).draft(spec, spec.after)("j1", 1)
 
 
 def test_what_is_not_said_comes_from_the_queue() -> None:
