@@ -8,7 +8,7 @@ it is durable and has been decided on.
 
 submit   four processes of one owner submit `--jobs` jobs: two one by one for `--seconds`, two in batches of 1,000, the
          rest then in batches; and one more than the owner may have
-array    arrays of 10,000 jobs, one after the other
+array    arrays of 5,000 jobs, one after the other
 payload  100 jobs with 10 MB of arguments each
 logs     a rank that prints `--log-mb` MB as fast as it can
 report   a rank that calls `rm.report` 10,000 times a second
@@ -240,8 +240,8 @@ def array(scene: Scene, options: argparse.Namespace) -> None:
     with scene.somebody_else("array"):
         for _ in range(3):
             began = time.monotonic()
-            scene.client.submit(["true"], num_gpus=8, array=10_000, hold=True)
-            scene.say("array", "10,000 jobs in one step", f"{time.monotonic() - began:.2f} s")
+            scene.client.submit(["true"], num_gpus=8, array=5_000, hold=True)
+            scene.say("array", "5,000 jobs in one step", f"{time.monotonic() - began:.2f} s")
             time.sleep(1)
     scene.client.owner = "ada"
 

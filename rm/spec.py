@@ -23,7 +23,8 @@ from rm.errors import InvalidSpec
 from rm.rights import is_name
 
 MAX_GPUS = 100_000
-MAX_ARRAY = 10_000
+MAX_ARRAY = 5_000
+"""Jobs of an array, and of one submission: they are one transaction, for which everybody else's decisions wait."""
 MAX_INLINE_BYTES = 16 * 2**20
 """The largest function with its arguments, or result, that travels by value."""
 PRIORITY_NAMES = {"low": -100, "normal": 0, "high": 100}

@@ -17,7 +17,7 @@ from math import inf
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Select, bindparam, delete, func, select, text, update
+from sqlalchemy import Connection, Select, Table, bindparam, delete, func, select, text, update
 
 from rm.core.books import Owner
 from rm.core.fairshare import Usage
@@ -115,7 +115,7 @@ class Ledger:
             return
         with self._database.transaction() as connection:
             if added:
-                connection.execute(jobs.insert(), added)
+                _insert(connection, jobs, added)
             if moved:
                 found = connection.execute(_MOVE, moved).rowcount
                 if found != len(moved):
@@ -124,7 +124,7 @@ class Ledger:
                         f"{', '.join(list(changed)[:10])}: was it replaced while the allocator was running?"
                     )
             if happened:
-                connection.execute(events.insert(), happened)
+                _insert(connection, events, happened)
             if used:
                 connection.execute(_USED, used)
             for node_id, cordon in batch.cordons.items():
@@ -245,6 +245,19 @@ def next_seq(connection: Connection) -> int:
     last = connection.execute(select(func.max(jobs.c.seq))).scalar()
     first = connection.execute(select(meta.c.value).where(meta.c.name == FIRST_SEQ)).scalar()
     return max((last or 0) + 1, int(first or 1))
+
+
+def _insert(connection: Connection, table: Table, rows: Sequence[Fields]) -> None:
+    """Add rows, all with the fields of the first, in half the time that SQLAlchemy takes for each row's parameters.
+
+    Only for columns whose values go to the driver as they are: texts, numbers and None.
+    """
+    compiled = table.insert().compile(dialect=connection.dialect, column_keys=list(rows[0]))
+    names = compiled.positiontup
+    if names is None:
+        connection.exec_driver_sql(str(compiled), list(rows))
+    else:
+        connection.exec_driver_sql(str(compiled), [tuple(row[name] for name in names) for row in rows])
 
 
 def _parts(columns: Sequence[str]) -> Iterator[Sequence[str]]:
