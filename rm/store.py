@@ -6,6 +6,9 @@
     results/<job>/<attempt>                     what a function returned
     drafts/                                     files on their way to their names
 
+A log that would exceed its limit keeps its beginning and its end: the file has a hole in between, whose size readers
+are told in its place. Where the file system knows no holes, only the beginning is kept.
+
 Blobs and results appear whole, forced to disk, or not at all. Logs are not forced: a crash of the machine may
 cost their last moments, which the next batch then reveals as a gap. No file is held open between calls, so
 there are never more open files than calls under way. One process works on a root at a time; within it, every
@@ -26,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rm import holes
 from rm.errors import InvalidSpec
 
 _JOB_ID = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
@@ -62,14 +66,15 @@ class LogFile:
 class _Position:
     """How far a stream has come: from byte `at` of the file on, it holds the stream from byte `stream` on.
 
-    Both are 0 until something is missing. Where the file has reached its limit, `at` is its size and `stream`
-    moves on alone, by what is dropped.
+    Both are 0 until something is missing. Where the file has reached its limit and can't have a hole, `at` is its size
+    and `stream` moves on alone, by what is dropped. `cut`: where the hole ends; 0: there is none.
     """
 
     at: int = 0
     stream: int = 0
     dropped: int = 0
     closed: bool = False
+    cut: int = 0
 
 
 class FileStore:
@@ -79,10 +84,12 @@ class FileStore:
         """`max_log_bytes`: the most that one stream of one rank may keep. Clears what a crash left in drafts/."""
         self._root = root
         self._max_log_bytes = max_log_bytes
+        self._head_bytes = max_log_bytes // 2
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._drafts = _directory(root / "drafts")
         for leftover in self._drafts.iterdir():
             leftover.unlink(missing_ok=True)
+        self._holes = holes.works(self._drafts)
 
     # --- blobs -------------------------------------------------------------------------------------------
 
@@ -126,8 +133,8 @@ class FileStore:
         """Add `data`, which begins at byte `offset` of what the rank printed; returns where the next one begins.
 
         What is there already is not added again, so a batch may be sent as often as its sender likes. A gap is
-        marked by a line of its own and stays one: bytes that come later for it are dropped. Beyond the limit
-        nothing is kept, only counted. A closed log takes nothing more.
+        marked by a line of its own and stays one: bytes that come later for it are dropped. Beyond the limit the
+        beginning is kept and the end, see above. A closed log takes nothing more.
         """
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
@@ -141,13 +148,15 @@ class FileStore:
             expected, end = position.stream + size - position.at, offset + len(data)
             if end <= expected:
                 return expected
-            if offset > expected and size < self._max_log_bytes:
+            if offset > expected and (self._holes or size < self._max_log_bytes):
                 lost = f"{offset - expected} bytes of output were lost here"
                 size = self._write_gap(path, position, lost, offset)
                 expected = offset
             new = data[max(0, expected - offset) :]
-            kept = new[: max(0, self._max_log_bytes - size)]
+            kept = new if self._holes else new[: max(0, self._max_log_bytes - size)]
             _append(path, kept)
+            if self._holes:
+                self._cut(path, position, size + len(kept))
             dropped = end - expected - len(kept)
             if dropped:
                 position.dropped += dropped
@@ -177,14 +186,22 @@ class FileStore:
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
         _number(max_bytes, "max_bytes", most=_OFFSET_MOST)
-        # Before the bytes: closed then surely means that they are all there.
-        closed = _read_position(path).closed
-        if offset >= _size(path):
-            return LogChunk(b"", offset, closed)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(min(max_bytes, _READ_MOST))
-        return LogChunk(data, offset + len(data), closed)
+        while True:
+            # Before the bytes: closed then surely means that they are all there.
+            position = _read_position(path)
+            if self._head_bytes <= offset < position.cut:
+                return LogChunk(self._cut_note(path, position, offset), position.cut, position.closed)
+            if offset >= _size(path):
+                return LogChunk(b"", offset, position.closed)
+            most = min(max_bytes, _READ_MOST)
+            if position.cut and offset < self._head_bytes:
+                most = min(most, self._head_bytes - offset)
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(most)
+            # The position is written before a hole is made: where it is as it was, these bytes were in none.
+            if _read_position(path).cut == position.cut:
+                return LogChunk(data, offset + len(data), position.closed)
 
     def logs(self, job_id: str) -> list[LogFile]:
         """Every log of the job, by attempt, rank and stream."""
@@ -193,10 +210,26 @@ class FileStore:
         for path in directory.glob("*/*"):
             match = _LOG.fullmatch(path.name)
             if match is not None:
-                closed = _read_position(path).closed
-                size = path.stat().st_size
-                found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, closed))
+                position = _read_position(path)
+                size = path.stat().st_size - max(0, position.cut - self._head_bytes)
+                found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, position.closed))
         return sorted(found, key=lambda each: (each.attempt, each.rank, each.stream))
+
+    def _cut(self, path: Path, position: _Position, size: int) -> None:
+        """Give back the middle of a file that has become longer than the limit, not for every few bytes."""
+        cut, begin = size - (self._max_log_bytes - self._head_bytes), max(position.cut, self._head_bytes)
+        if cut - begin <= self._max_log_bytes // 16:
+            return
+        position.cut = cut
+        self._write_position(path, position)
+        holes.punch(path, begin, cut)
+
+    def _cut_note(self, path: Path, position: _Position, offset: int) -> bytes:
+        words = (
+            f"{position.cut - offset} bytes of output were cut out here: of a log that is longer than "
+            f"{self._max_log_bytes} bytes (RM_MAX_LOG_BYTES) the beginning and the end are kept"
+        )
+        return _on_a_line(path, offset, words)
 
     def _write_gap(self, path: Path, position: _Position, words: str, stream: int) -> int:
         """Mark that something is missing before byte `stream` of the stream; returns the file's new size."""
@@ -275,11 +308,16 @@ def _read_position(path: Path) -> _Position:
 
 def _note(path: Path, words: str) -> bytes:
     """A line of our own in a log, on a line of its own."""
+    return _on_a_line(path, _size(path), words)
+
+
+def _on_a_line(path: Path, offset: int, words: str) -> bytes:
+    """The line as it stands behind byte `offset` of the file."""
     start = b""
-    if _size(path):
+    if offset:
         with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            start = b"" if file.read() == b"\n" else b"\n"
+            file.seek(offset - 1)
+            start = b"" if file.read(1) == b"\n" else b"\n"
     return start + f"[rm: {words}]\n".encode()
 
 
