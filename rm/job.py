@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import cloudpickle
 
-from rm.errors import InternalError, JobFailed, JobNotFinished, RequestError
+from rm.errors import JobFailed, JobNotFinished, RequestError
 from rm.logs import LogReader
 from rm.runtime.entry import load_error
 from rm.views import EventView, JobView
@@ -161,7 +161,11 @@ class Job:
         payload = cloudpickle.loads(data) if data else {}
         if view.status == "SUCCEEDED":
             if view.kind == "function" and "ok" not in payload:
-                raise InternalError(f"{self.id} succeeded, but its result is not in the store")
+                raise RequestError(
+                    f"{self.id} succeeded, and its result is no longer in the store: how long results are kept, and how "
+                    "much of them, is set by RM_STORE_KEEP_DAYS and RM_STORE_KEEP_BYTES where the allocator is started",
+                    job=self.id,
+                )
             return payload.get("ok")
         raise self._failure(view) from _own_exception(payload)
 

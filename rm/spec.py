@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rm.core.model import Gang, Job, Kind, NodeShape, Strategy
@@ -463,6 +463,11 @@ class Config(BaseSettings):
     """Most jobs that one owner may have waiting: nobody takes up everybody's place."""
     max_log_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Most that one rank's stdout or stderr may keep in the log store; the rest is dropped and counted."""
+
+    store_keep_days: Annotated[float, Field(gt=0)] = 30.0
+    """How long logs and results of ended jobs are kept."""
+    store_keep_bytes: Annotated[int, Field(gt=0), BeforeValidator(parse_bytes)] = 50 * 2**30
+    """What the store may take in all; beyond it the oldest logs and results of ended jobs go earlier."""
 
     def resolved(self) -> Config:
         """The same with absolute paths and a full ledger URL."""

@@ -9,6 +9,9 @@
 A log that would exceed its limit keeps its beginning and its end: the file has a hole in between, whose size readers
 are told in its place. Where the file system knows no holes, only the beginning is kept.
 
+`tidy` removes what is too old, and what is oldest where all of it takes too much, but nothing that a live job needs
+and nothing that was touched within the last hour.
+
 Blobs and results appear whole, forced to disk, or not at all. Logs are not forced: a crash of the machine may
 cost their last moments, which the next batch then reveals as a gap. No file is held open between calls, so
 there are never more open files than calls under way. One process works on a root at a time; within it, every
@@ -23,6 +26,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import stat
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -40,6 +45,10 @@ _NUMBER_MOST = 10**9
 _OFFSET_MOST = 2**62
 _READ_MOST = 64 * 2**20
 _LOCKS = 64
+TOUCHED_S = 3600.0
+"""Whatever was written, or asked for by a submission, so lately is left alone."""
+BLOB_IDLE_S = 7 * 86_400.0
+"""How long a blob that no live job needs is kept for the next one that may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,26 @@ class LogFile:
     stream: str
     size: int
     closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tidied:
+    """What `tidy` has removed, in jobs, blobs and bytes on the disk, and what all that is left takes."""
+
+    jobs: int
+    blobs: int
+    freed_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Removable:
+    """Something that no live job needs. `at`: when it was last written."""
+
+    at: float
+    size: int
+    paths: tuple[Path, ...]
+    is_blob: bool
 
 
 @dataclass(slots=True)
@@ -97,13 +126,14 @@ class FileStore:
         """Keep `data`; returns its SHA-256, which is its name. Durable on return. Twice is once."""
         digest = hashlib.sha256(data).hexdigest()
         path = self._blob(digest)
-        if not (path.exists() and path.stat().st_size == len(data)):
-            self._write(path, data)
+        if path.exists() and path.stat().st_size == len(data) and _touched(path):
+            return digest
+        self._write(path, data)
         return digest
 
     def has_blobs(self, digests: Collection[str]) -> set[str]:
-        """Those of `digests` that are kept."""
-        return {digest for digest in digests if self._blob(digest).exists()}
+        """Those of `digests` that are kept. They stay so for the submission that is about to name them."""
+        return {digest for digest in digests if _touched(self._blob(digest))}
 
     def get_blob(self, digest: str) -> bytes:
         """The blob of this name. Raises FileNotFoundError, or OSError where the disk changed its content."""
@@ -215,6 +245,55 @@ class FileStore:
                 found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, position.closed))
         return sorted(found, key=lambda each: (each.attempt, each.rank, each.stream))
 
+    # --- tidying -----------------------------------------------------------------------------------------
+
+    def tidy(
+        self, live: Collection[str], needed: Collection[str], now: float, keep_s: float, keep_bytes: int
+    ) -> Tidied:
+        """Remove logs and results of jobs last written `keep_s` ago, and the oldest while all takes over `keep_bytes`.
+
+        `live`: jobs of which everything stays. `needed`: blobs that stay; others go after a week. `now`: seconds since
+        the epoch. Takes a look at every file.
+        """
+        found, total = self._look(set(live), set(needed))
+        found = sorted((each for each in found if each.at < now - TOUCHED_S), key=lambda each: each.at)
+        jobs = blobs = freed = 0
+        for each in found:
+            idle_s = min(keep_s, BLOB_IDLE_S) if each.is_blob else keep_s
+            if each.at >= now - idle_s and total - freed <= keep_bytes:
+                continue
+            if each.is_blob and _written_at(each.paths[0]) >= now - TOUCHED_S:
+                continue  # a submission has asked for it meanwhile
+            for path in each.paths:
+                _remove(path)
+            freed += each.size
+            jobs, blobs = jobs + (not each.is_blob), blobs + each.is_blob
+        return Tidied(jobs, blobs, freed, total - freed)
+
+    def _look(self, live: set[str], needed: set[str]) -> tuple[list[_Removable], int]:
+        """What could be removed, and what all there is takes on the disk."""
+        total = 0
+        found: list[_Removable] = []
+        of_jobs: dict[str, list[Path]] = {}
+        for kind in ("logs", "results"):
+            for path in _entries(self._root / kind):
+                of_jobs.setdefault(path.name, []).append(path)
+        for job_id, paths in of_jobs.items():
+            weighed = [_weigh(path) for path in paths]
+            at, size = max(each[0] for each in weighed), sum(each[1] for each in weighed)
+            total += size
+            if job_id not in live:
+                found.append(_Removable(at, size, tuple(paths), is_blob=False))
+        for directory in _entries(self._root / "blobs"):
+            for path in _entries(directory):
+                at, size = _weigh(path)
+                total += size
+                if path.name not in needed:
+                    found.append(_Removable(at, size, (path,), is_blob=True))
+        return found, total
+
+    # --- logs too long -----------------------------------------------------------------------------------
+
     def _cut(self, path: Path, position: _Position, size: int) -> None:
         """Give back the middle of a file that has become longer than the limit, not for every few bytes."""
         cut, begin = size - (self._max_log_bytes - self._head_bytes), max(position.cut, self._head_bytes)
@@ -291,6 +370,50 @@ def _number(value: int, field: str, most: int = _NUMBER_MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         raise InvalidSpec(f"{field}: must be a whole number from 0 to {most}, not {value!r}", field=field)
     return value
+
+
+def _touched(path: Path) -> bool:
+    """Whether the file is there; then it counts as written now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _weigh(path: Path) -> tuple[float, int]:
+    """When anything at or below the path was last written, and the bytes that it takes on the disk."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0.0, 0
+    at, size = found.st_mtime, found.st_blocks * 512
+    if stat.S_ISDIR(found.st_mode):
+        for below in _entries(path):
+            newest, more = _weigh(below)
+            at, size = max(at, newest), size + more
+    return at, size
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _position_path(path: Path) -> Path:

@@ -45,14 +45,17 @@ from rm.runtime.clock import Anchor, Clock, boot_id
 from rm.runtime.drafts import Dependencies, Drafting, stored
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
+from rm.runtime.links import Link
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
+from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.writer import Writer
 from rm.settings import Settings
 from rm.settings_change import consequences
 from rm.spec import MAX_ARRAY, Config, JobSpec
+from rm.store import Tidied
 from rm.views import (
     AuditView,
     EventView,
@@ -71,6 +74,8 @@ log = logging.getLogger("rm.allocator")
 
 HOLDERS_LOOK_S = 1.0
 NODE_TYPES_LOOK_S = 60.0
+TIDY_S = 600.0
+"""Between two times at which the store is rid of what is too old or too much."""
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
 MOST_WAITS = 500
@@ -112,6 +117,7 @@ class Allocator:
         self._specs: OrderedDict[str, JobSpec] = OrderedDict()
         self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._holders = Holders()
+        self._store = Link("store")
         self._submitting: dict[str, asyncio.Lock] = {}
         self._bulk = asyncio.Lock()
         self._listing = asyncio.Semaphore(2)
@@ -196,6 +202,7 @@ class Allocator:
             asyncio.create_task(self._watch.run()),
             asyncio.create_task(self._listen_for_holders()),
             asyncio.create_task(self._look_at_node_types()),
+            asyncio.create_task(self._keep_tidy()),
             asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
@@ -227,6 +234,40 @@ class Allocator:
             await asyncio.sleep(NODE_TYPES_LOOK_S)
             with contextlib.suppress(Exception):
                 await self._watch.observe_node_types()
+
+    async def _keep_tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_S)
+            try:
+                await self.tidy()
+            except Exception:
+                log.warning("the store was not tidied; the next time is in %g s", TIDY_S, exc_info=True)
+
+    async def tidy(self) -> Tidied:
+        """Remove from the store what is too old or too much (RM_STORE_KEEP_DAYS, RM_STORE_KEEP_BYTES)."""
+        await self._up()
+        # First the time: whatever is submitted from now on touches its blobs later.
+        now, key = self._clock(), self._ledger.key
+        live = {archive_id(key, job_id) for job_id in self._writer.view().jobs}
+        needed = await asyncio.to_thread(self._ledger.blobs_of_live_jobs)
+        keep_s = self._config.store_keep_days * 86_400
+        tidied: Tidied = await self._store.call(
+            "tidy", live, needed, now, keep_s, self._config.store_keep_bytes
+        )
+        if tidied.jobs or tidied.blobs:
+            log.info(
+                "the store was rid of logs and results of %d jobs and of %d blobs, %d MiB; %d MiB are left",
+                tidied.jobs,
+                tidied.blobs,
+                tidied.freed_bytes >> 20,
+                tidied.kept_bytes >> 20,
+            )
+        if tidied.kept_bytes > self._config.store_keep_bytes:
+            log.warning(
+                "the store takes %d MiB, more than RM_STORE_KEEP_BYTES: all of it is needed by live jobs, or is new",
+                tidied.kept_bytes >> 20,
+            )
+        return tidied
 
     # --- asked by clients ----------------------------------------------------------------------------------
 

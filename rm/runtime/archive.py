@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rm.store import FileStore, LogChunk, LogFile
+from rm.store import FileStore, LogChunk, LogFile, Tidied
 
 MOST_FOLLOWERS = 500
 """Calls of `news` that are held at a time, half of what the actor takes: logs must get through beside them."""
@@ -24,6 +24,11 @@ class Store:
         self._files = FileStore(Path(root), max_log_bytes)
         self._news: dict[str, asyncio.Event] = {}
         self._followers = 0
+
+    async def tidy(
+        self, live: set[str], needed: set[str], now: float, keep_s: float, keep_bytes: int
+    ) -> Tidied:
+        return await asyncio.to_thread(self._files.tidy, live, needed, now, keep_s, keep_bytes)
 
     async def has_blobs(self, sha256s: list[str]) -> set[str]:
         return await asyncio.to_thread(self._files.has_blobs, sha256s)
