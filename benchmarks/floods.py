@@ -1,6 +1,6 @@
 """What one user can do to all others: floods against a real Ray, the real allocator and the real store.
 
-    python benchmarks/floods.py [--jobs 100000] [--seconds 60] [--log-mb 1024] [--only submit,array,payload,logs,report,wait,list]
+    python benchmarks/floods.py [--jobs 100000] [--seconds 60] [--log-mb 1024] [--only FLOODS]
 
 Starts a Ray of its own with three nodes of 8 logical GPUs below a temporary directory, and ends it. While a flood goes
 on, somebody else submits a job ten times a second; what is measured is his time from `submit` to the job's id, by when
@@ -9,11 +9,12 @@ it is durable and has been decided on.
 submit   four processes of one owner submit `--jobs` jobs: two one by one for `--seconds`, two in batches of 1,000, the
          rest then in batches; and one more than the owner may have
 array    arrays of 5,000 jobs, one after the other
+list     a client that lists 1,000 and 10,000 jobs, and asks why, in a loop
+cancel   all of the first owner's jobs, with one call
 payload  100 jobs with 10 MB of arguments each
 logs     a rank that prints `--log-mb` MB as fast as it can
 report   a rank that calls `rm.report` 10,000 times a second
 wait     a client with 1,000 waits at once
-list     a client that lists 1,000 and 10,000 jobs, and asks why, in a loop
 
 Exit code 1 where a bound is broken, which the table names.
 """
@@ -37,7 +38,7 @@ from fault_world import NODE, REPO, actor_pids
 from rich.console import Console
 from rich.table import Table
 
-ALL = ("submit", "array", "payload", "logs", "report", "wait", "list")
+ALL = ("submit", "array", "list", "cancel", "payload", "logs", "report", "wait")
 DELAY_S = 1.0
 """What others may be held up."""
 MEMORY_MB = 400
@@ -205,7 +206,11 @@ def submit(scene: Scene, options: argparse.Namespace) -> None:
         for each in batches:
             each.wait()
         took = time.monotonic() - began
-        scene.say("submit", f"in batches of 1,000, two processes: {2 * part:,} jobs", f"{2 * part / took:,.0f} a second")
+        scene.say(
+            "submit",
+            f"in batches of 1,000, two processes: {2 * part:,} jobs",
+            f"{2 * part / took:,.0f} a second",
+        )
         counts = [int(each.communicate()[0]) for each in singles]
         scene.say("submit", "one by one, two processes", f"{sum(counts) / options.seconds:,.0f} a second")
         left = options.jobs - 2 * part - sum(counts)
@@ -215,9 +220,19 @@ def submit(scene: Scene, options: argparse.Namespace) -> None:
     count = waiting(scene) - pending
     scene.say("submit", "jobs that wait now", f"{waiting(scene):,}")
     scene.bounded("submit", "the allocator's memory", scene.memory_mb("allocator"), MEMORY_MB, "MiB")
-    scene.say("submit", "memory per waiting job", f"{(scene.memory_mb('allocator') - before_mb) * 1024 / count:.2f} KiB")
+    scene.say(
+        "submit",
+        "memory per waiting job",
+        f"{(scene.memory_mb('allocator') - before_mb) * 1024 / count:.2f} KiB",
+    )
     time.sleep(5)  # reasons are still being written down
-    scene.bounded("submit", "the ledger's growth per job", (scene.ledger_bytes() - before_bytes) / 1024 / count, 6, "KiB")
+    scene.bounded(
+        "submit",
+        "the ledger's growth per job",
+        (scene.ledger_bytes() - before_bytes) / 1024 / count,
+        6,
+        "KiB",
+    )
     if options.jobs < 100_000:
         return
     from rm.errors import Busy
@@ -260,7 +275,9 @@ def payload(scene: Scene, options: argparse.Namespace) -> None:
             jobs.append(scene.client.submit(weigh, data, num_gpus=8, hold=number > 0, priority="high"))
         again = scene.client.submit(weigh, data, num_gpus=8, hold=True)
     scene.bounded("payload", "blobs of 101 jobs, two of them alike", scene.disk_mb("blobs"), 100 * 10, "MiB")
-    scene.bounded("payload", "the allocator's memory grew by", scene.memory_mb("allocator") - before_mb, 30, "MiB")
+    scene.bounded(
+        "payload", "the allocator's memory grew by", scene.memory_mb("allocator") - before_mb, 30, "MiB"
+    )
     scene.bounded("payload", "the ledger grew by", (scene.ledger_bytes() - before_bytes) / 2**20, 10, "MiB")
     scene.say("payload", "the store's memory", f"{scene.memory_mb('store'):,.0f} MiB")
     for each in (*jobs, again):
@@ -290,7 +307,13 @@ os.write(1, b"the last line\\n")
             peaks["scratch"] = max(peaks["scratch"], scratch_mb(scene, job.id))
             time.sleep(0.05)
         took = time.monotonic() - began
-    scene.say("logs", f"{options.log_mb} MB printed, job took", f"{took:.1f} s, {job.status}", "SUCCEEDED", kept=job.status == "SUCCEEDED")
+    scene.say(
+        "logs",
+        f"{options.log_mb} MB printed, job took",
+        f"{took:.1f} s, {job.status}",
+        "SUCCEEDED",
+        kept=job.status == "SUCCEEDED",
+    )
     scene.bounded("logs", "kept in the store", scene.disk_mb("logs"), LOG_LIMIT / 2**20 + 4, "MiB")
     scene.bounded("logs", "the store's memory", peaks["store"], 200, "MiB")
     scene.bounded("logs", "the runner's memory", peaks["runner"], 200, "MiB")
@@ -343,6 +366,14 @@ def list_(scene: Scene, options: argparse.Namespace) -> None:
             scene.start(LISTS, 20, limit).wait()
 
 
+def cancel(scene: Scene, options: argparse.Namespace) -> None:
+    for owner in ("flood", "arrays"):
+        with scene.somebody_else(f"cancel {owner}"):
+            began = time.monotonic()
+            count = scene.client.cancel_all(owner)
+            scene.say(f"cancel {owner}", f"{count:,} jobs", f"{time.monotonic() - began:.1f} s")
+
+
 def waiting(scene: Scene) -> int:
     return sum(queue.pending for queue in scene.client.queues() if queue.parent is None)
 
@@ -363,12 +394,15 @@ def scratch_mb(scene: Scene, job_id: str) -> float:
 
 
 FLOODS: dict[str, Callable[[Scene, argparse.Namespace], None]] = {
-    "submit": submit, "array": array, "payload": payload, "logs": logs, "report": report, "wait": wait, "list": list_,
+    "submit": submit, "array": array, "list": list_, "cancel": cancel, "payload": payload, "logs": logs,
+    "report": report, "wait": wait,
 }  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--log-mb", type=int, default=1024)

@@ -189,7 +189,9 @@ class _Reporter:
         self._checkpoint_monotonic = 0.0  # the same moment, seconds on this node's monotonic clock
         self._pending = False
         self._written_at = -math.inf  # monotonic seconds
-        self._checkpoint_written_at = -math.inf  # the same, of the latest file that told of a checkpoint at once
+        self._checkpoint_written_at = (
+            -math.inf
+        )  # the same, of the latest file that told of a checkpoint at once
         self._registered = False
         self._complained = False
 

@@ -428,6 +428,20 @@ class Allocator:
         await self._writer.request_all(stops)
         return await self._look(job_id)
 
+    async def cancel_all(self, owner: str, by: str) -> int:
+        """Ask every job of the owner to end, newest first so that none of them starts meanwhile. Returns how many.
+
+        Durable when this returns. Raises NotAllowed where they are not `by`'s to change.
+        """
+        await self._up()
+        rights.require_name(by)
+        if self._admins:
+            rights.require_change(f"what {owner} has submitted", owner, by, self._admins)
+        now = self._clock()
+        jobs = [job.id for job in reversed(self._writer.view().jobs.values()) if job.owner == owner]
+        await self._writer.request_all(StopRequested(now, job_id, StopCause.CANCELLED, by) for job_id in jobs)
+        return len(jobs)
+
     async def hold(self, job_id: str, by: str, *, held: bool) -> JobView:
         """Keep a queued job, or those of an array that are queued, from starting; or let it go. Durable then.
 
@@ -530,8 +544,8 @@ class Allocator:
                 "`rmctl stop --keep-jobs` leaves them running for the next allocator"
             )
         self._closing = True
-        for job in live:
-            await self._writer.request(StopRequested(self._clock(), job.id, StopCause.CANCELLED, by))
+        now = self._clock()
+        await self._writer.request_all(StopRequested(now, job.id, StopCause.CANCELLED, by) for job in live)
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
         self._writer.stop()

@@ -45,6 +45,8 @@ from rm.spec import JobSpec
 
 log = logging.getLogger("rm.writer")
 
+AT_ONCE = 1_000
+"""Events of one caller, not submissions, that are one step: others have their turn in between."""
 RETRY_S = 1.0
 """Pause after a failed commit before facts are tried again."""
 ENDED_KEPT = 1_000
@@ -153,9 +155,12 @@ class Writer:
         await self.request_all([event])
 
     async def request_all(self, events: Iterable[Event]) -> None:
-        """Events whose sender waits until they are durable, all in one step."""
+        """Events whose sender waits until they are durable: all in one step, or in several where they are thousands."""
         loop = asyncio.get_running_loop()
-        await self._ask([_Request(event, loop.create_future()) for event in events])
+        left = list(events)
+        while left:
+            some, left = left[:AT_ONCE], left[AT_ONCE:]
+            await self._ask([_Request(event, loop.create_future()) for event in some])
 
     async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
         """Put other rules in force. Durable, and followed by a cycle under them, when this returns."""
@@ -264,9 +269,7 @@ class Writer:
         if rows or changed or usage or policy or cordons:
             batch = Batch(accepted, rows, changed, usage, policy, cordons)
             try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._committer, self._ledger.commit, batch
-                )
+                await asyncio.get_running_loop().run_in_executor(self._committer, self._ledger.commit, batch)
             except LedgerUnavailable as error:
                 self.broken = str(error)
                 log.error("commit failed, %d events wait: %s", len(inbox), error)  # noqa: TRY400

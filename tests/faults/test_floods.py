@@ -26,7 +26,9 @@ def test_a_fork_bomb_of_submissions_leaves_room_for_others(client) -> None:
     import ray
 
     submit = client._actors.allocator.submit
-    draft = client._draft(["true"], (), {}, False, {"num_gpus": 8, "hold": True, "owner": "flood", "array": 500})
+    draft = client._draft(
+        ["true"], (), {}, False, {"num_gpus": 8, "hold": True, "owner": "flood", "array": 500}
+    )
     floods = [submit.remote([draft.spec], [f"flood-{os.getpid()}-{number}"]) for number in range(4)]
     job = client.submit("echo served", num_gpus=1)
     assert job.wait(60).status == "SUCCEEDED"
@@ -37,14 +39,16 @@ def test_a_fork_bomb_of_submissions_leaves_room_for_others(client) -> None:
         with pytest.raises(InvalidSpec, match="limit: at most 10000 jobs are listed at once"):
             client.jobs(limit=10_001)
         # More than one owner may have, in steps that one transaction may hold.
-        with pytest.raises(Busy, match=r"2000 jobs of flood are waiting, and with 1000 more .* the 2500 that one"):
+        with pytest.raises(
+            Busy, match=r"2000 jobs of flood are waiting, and with 1000 more .* the 2500 that one"
+        ):
             client.submit_many(["true"] * 1_000, num_gpus=8, hold=True, owner="flood")
         with pytest.raises(InvalidSpec, match="entries: 5001 jobs in one step, and at most 5000 can be"):
             client.submit_many(["true"] * 5_001, num_gpus=8, hold=True)
         assert client.submit("true", num_gpus=1).wait(60).status == "SUCCEEDED", "others have their place"
     finally:
-        for array in arrays:
-            client.job(array).cancel()
+        assert client.cancel_all("flood") == 2_000
+        assert client.jobs(owner="flood") == []
 
 
 @pytest.mark.ray

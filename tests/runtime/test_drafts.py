@@ -48,7 +48,9 @@ def asked(**fields: Any) -> JobSpec:
         ({"after": tuple(range(10**8, 10**8 + 30_000))}, "after"),
     ],
 )
-def test_a_request_too_large_for_the_ledger_names_its_largest_part(fields: dict[str, Any], named: str) -> None:
+def test_a_request_too_large_for_the_ledger_names_its_largest_part(
+    fields: dict[str, Any], named: str
+) -> None:
     with pytest.raises(PayloadTooLarge, match=f"^{named}: the request takes .* at most 256 KiB") as caught:
         stored([asked(), asked(**fields)])
     assert caught.value.field == named

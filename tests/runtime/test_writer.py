@@ -87,7 +87,9 @@ class World:
 
 
 def draft(key: str, gpus: int = 1, **fields: Any) -> tuple[JobSpec, str, Any]:
-    spec = build_spec(**{"kind": Kind.COMMAND, "command": ("true",), "num_gpus": gpus, "owner": "a", **fields})
+    spec = build_spec(
+        **{"kind": Kind.COMMAND, "command": ("true",), "num_gpus": gpus, "owner": "a", **fields}
+    )
     gang = Gang(Bundle(gpus * GPU_UNIT))
     return spec, key, lambda job_id, seq: spec.job(job_id, seq, gang, 0.0)
 
@@ -226,7 +228,9 @@ def test_one_owner_can_not_take_up_everybodys_place(tmp_path: Path) -> None:
         )
         assert both[0] == ["j4", "j5"]
         assert isinstance(both[1], Busy)
-        assert str(both[1]).startswith("5 jobs of a are waiting, and with 1 more they would exceed the 5 that one owner")
+        assert str(both[1]).startswith(
+            "5 jobs of a are waiting, and with 1 more they would exceed the 5 that one owner"
+        )
         assert "RM_MAX_PENDING_PER_OWNER" in str(both[1]), "the way out"
         await writer.submit([draft("d", 100, owner="b")])
         with pytest.raises(Busy):
