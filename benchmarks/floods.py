@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from fault_world import NODE, REPO, actor_pids
 from rich.console import Console
@@ -250,7 +249,7 @@ def submit(scene: Scene, options: argparse.Namespace) -> None:
     scene.bounded("submit", "an audit", time.monotonic() - began, 10, "s")
 
 
-def array(scene: Scene, options: argparse.Namespace) -> None:
+def array(scene: Scene, _options: argparse.Namespace) -> None:
     scene.client.owner = "arrays"
     with scene.somebody_else("array"):
         for _ in range(3):
@@ -261,7 +260,7 @@ def array(scene: Scene, options: argparse.Namespace) -> None:
     scene.client.owner = "ada"
 
 
-def payload(scene: Scene, options: argparse.Namespace) -> None:
+def payload(scene: Scene, _options: argparse.Namespace) -> None:
     before_mb = scene.memory_mb("allocator")
     before_bytes = scene.ledger_bytes()
 
@@ -324,7 +323,7 @@ os.write(1, b"the last line\\n")
     scene.say("logs", "head and tail are there", f"{both}; {said}", kept=both and said != "nothing")
 
 
-def report(scene: Scene, options: argparse.Namespace) -> None:
+def report(scene: Scene, _options: argparse.Namespace) -> None:
     code = """
 import time, rm
 began, step = time.monotonic(), 0
@@ -338,9 +337,9 @@ print(step / (time.monotonic() - began))
     job = scene.client.submit([sys.executable, "-c", code], num_gpus=1, priority=100_000)
     while job.status in ("QUEUED", "RESERVING"):
         time.sleep(0.05)
-    before, cpu, began = scene.ledger_bytes(), cpu_s(scene), time.monotonic()
+    before, cpu, began = scene.ledger_bytes(), cpu_s(), time.monotonic()
     job.wait()
-    took, used = time.monotonic() - began, cpu_s(scene) - cpu
+    took, used = time.monotonic() - began, cpu_s() - cpu
     scene.say("report", "reports and checkpoints a second", job.logs().strip()[:8])
     scene.bounded("report", "the allocator's CPU meanwhile", 100 * used / took, 20, "%")
     scene.bounded("report", "the ledger grew by", (scene.ledger_bytes() - before) / 2**20, 5, "MiB")
@@ -348,7 +347,7 @@ print(step / (time.monotonic() - began))
     scene.bounded("report", "events of the job", len(events), 10, "")
 
 
-def wait(scene: Scene, options: argparse.Namespace) -> None:
+def wait(scene: Scene, _options: argparse.Namespace) -> None:
     job = scene.client.submit(["sleep", "30"], num_gpus=1, priority=100_000)
     flood = scene.start(WAITS, job.id)
     assert flood.stdout is not None
@@ -360,13 +359,13 @@ def wait(scene: Scene, options: argparse.Namespace) -> None:
     scene.bounded("wait", "1,000 waits returned after the end within", time.monotonic() - ended, 10, "s")
 
 
-def list_(scene: Scene, options: argparse.Namespace) -> None:
+def list_(scene: Scene, _options: argparse.Namespace) -> None:
     for limit in (1_000, 10_000):
         with scene.somebody_else(f"list {limit}"):
             scene.start(LISTS, 20, limit).wait()
 
 
-def cancel(scene: Scene, options: argparse.Namespace) -> None:
+def cancel(scene: Scene, _options: argparse.Namespace) -> None:
     for owner in ("flood", "arrays"):
         with scene.somebody_else(f"cancel {owner}"):
             began = time.monotonic()
@@ -378,7 +377,7 @@ def waiting(scene: Scene) -> int:
     return sum(queue.pending for queue in scene.client.queues() if queue.parent is None)
 
 
-def cpu_s(scene: Scene) -> float:
+def cpu_s() -> float:
     fields = Path(f"/proc/{actor_pids()['allocator']}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -263,7 +263,8 @@ def report(**metrics: Any) -> None:
 
     Call it at every step: at most every 50 ms the latest values replace the report file. Values from calls in
     between are written by the first call after that, or when the interpreter exits; a process that is killed
-    loses those. At most 200 metrics are kept, and 200 characters of a text. Safe from any thread. Outside a job it does nothing, and a full disk never breaks a training.
+    loses those. At most 200 metrics are kept, and 200 characters of a text. Safe from any thread. Outside a job it
+    does nothing, and a full disk never breaks a training.
     """
     if os.environ.get("RM_REPORT_FILE"):
         _reporter.report({name[:MOST_CHARS]: _scalar(name, value) for name, value in metrics.items()})

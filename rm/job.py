@@ -162,8 +162,8 @@ class Job:
         if view.status == "SUCCEEDED":
             if view.kind == "function" and "ok" not in payload:
                 raise RequestError(
-                    f"{self.id} succeeded, and its result is no longer in the store: how long results are kept, and how "
-                    "much of them, is set by RM_STORE_KEEP_DAYS and RM_STORE_KEEP_BYTES where the allocator is started",
+                    f"{self.id} succeeded, and its result is no longer in the store: for how long and how much is kept "
+                    "there is set by RM_STORE_KEEP_DAYS and RM_STORE_KEEP_BYTES where the allocator is started",
                     job=self.id,
                 )
             return payload.get("ok")

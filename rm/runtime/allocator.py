@@ -379,7 +379,7 @@ class Allocator:
                 return await self._views(listed, [row.spec for row in rows])
             chosen = (
                 job
-                for job in reversed(self._writer.view().jobs.values())
+                for job in reversed(list(self._writer.view().jobs.values()))
                 if owner in (None, job.owner) and name in (None, job.name)
             )
             return await self._views(list(islice(chosen, limit)))
@@ -438,7 +438,7 @@ class Allocator:
         if self._admins:
             rights.require_change(f"what {owner} has submitted", owner, by, self._admins)
         now = self._clock()
-        jobs = [job.id for job in reversed(self._writer.view().jobs.values()) if job.owner == owner]
+        jobs = [job.id for job in reversed(list(self._writer.view().jobs.values())) if job.owner == owner]
         await self._writer.request_all(StopRequested(now, job_id, StopCause.CANCELLED, by) for job_id in jobs)
         return len(jobs)
 

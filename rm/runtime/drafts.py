@@ -36,8 +36,8 @@ def stored(specs: Sequence[JobSpec]) -> list[str]:
         if len(text) > MOST_STORED_BYTES:
             raise PayloadTooLarge(
                 f"{_largest(spec)}: the request takes {len(text) / 1024:.0f} KiB, and at most "
-                f"{MOST_STORED_BYTES // 1024} KiB are kept in the ledger; pass large data in a file of the working_dir, "
-                "or as arguments of a function",
+                f"{MOST_STORED_BYTES // 1024} KiB are kept in the ledger; pass large data in a file of the "
+                "working_dir, or as arguments of a function",
                 field=_largest(spec),
             )
         total += len(text) * (spec.array or 1)

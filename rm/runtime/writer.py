@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import repeat
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
@@ -91,7 +91,7 @@ class Writer:
         self._max_pending = max_pending
         self._max_pending_per_owner = max_pending_per_owner
         self._arriving: Counter[str] = Counter()
-        """By owner, jobs that are on their way into the state."""
+        """By owner, jobs in the inbox: those that `state.pending` does not count yet."""
         # Of its own: however many readers keep the common threads busy, a commit waits for none of them.
         self._committer = ThreadPoolExecutor(1, "rm-commit")
         self._check = check
@@ -125,6 +125,7 @@ class Writer:
         while not (self._stopping and not self._inbox):
             await self._wait()
             inbox, self._inbox = self._inbox, []
+            self._arriving.clear()
             try:
                 failed = await self._turn(inbox)
             except Exception as error:  # a bug of ours must not end the writer: nobody could release a GPU
@@ -186,7 +187,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         now = self._clock()
         requests, ids = [], []
-        for (spec, key, make), text in zip_longest(drafts, spec_texts, fillvalue=""):
+        for (spec, key, make), text in zip(drafts, spec_texts or repeat(""), strict=False):
             first = self._next_seq
             self._next_seq += spec.array or 1
             ids.append(f"j{first}")
@@ -194,10 +195,7 @@ class Writer:
                 accepted = Accepted(job, spec, own_key, text)
                 requests.append(_Request(JobSubmitted(now, job), loop.create_future(), accepted))
         self._arriving += new
-        try:
-            await self._ask(requests)
-        finally:
-            self._arriving -= new
+        await self._ask(requests)
         return ids
 
     def _require_room(self, new: Mapping[str, int]) -> None:
@@ -362,6 +360,7 @@ class Writer:
                 self.broken = str(error)
                 self._answer_all(requests, error)
                 self._inbox = [each for each in self._inbox if not isinstance(each, _Request)]
+                self._arriving.clear()
                 continue
             break
         old = self.state

@@ -241,6 +241,18 @@ def test_one_owner_can_not_take_up_everybodys_place(tmp_path: Path) -> None:
     with_writer(tmp_path, body, max_pending_per_owner=5)
 
 
+def test_a_job_that_is_being_committed_is_counted_once(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        first = asyncio.create_task(writer.submit([draft(f"k{i}", 100) for i in range(3)]))
+        while not len(writer.state.pending):
+            await asyncio.sleep(0)
+        assert not first.done(), "its commit is under way"
+        await writer.submit([draft("more", 100), draft("and more", 100)])
+        await first
+
+    with_writer(tmp_path, body, max_pending=5, max_pending_per_owner=5)
+
+
 def test_no_commit_waits_for_readers(tmp_path: Path) -> None:
     """However many read the ledger or make estimates: the threads that they share are not the writer's."""
 
