@@ -45,7 +45,7 @@ from rm.spec import JobSpec
 
 log = logging.getLogger("rm.writer")
 
-AT_ONCE = 1_000
+AT_ONCE = 500
 """Events of one caller, not submissions, that are one step: others have their turn in between."""
 RETRY_S = 1.0
 """Pause after a failed commit before facts are tried again."""
