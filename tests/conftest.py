@@ -60,7 +60,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
         checkpoint_root=str(home / "checkpoints"),
         audit_every_s=5,
         max_pending_per_owner=2_500,
-        max_log_bytes=4 * 2**20,
+        max_log_bytes=100 * 2**20,
     )
     client = rm.connect(cluster.address, config=config)
     try:

@@ -84,7 +84,7 @@ def test_arguments_travel_once_and_go_when_nobody_needs_them(client, ray_cluster
 def test_a_rank_that_prints_without_end_is_bounded_and_goes_on(client, ray_cluster: Any) -> None:
     code = (
         "import os\nos.write(1, b'the first line\\n')\n"
-        "for _ in range(30): os.write(1, (b'x' * 1023 + b'\\n') * 1024)\n"
+        "for _ in range(120): os.write(1, (b'x' * 1023 + b'\\n') * 1024)\n"
         "os.write(1, b'the last line\\n')"
     )
     job = client.submit([sys.executable, "-c", code], num_gpus=1)
