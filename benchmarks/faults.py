@@ -116,7 +116,7 @@ class Run:
     def _judge_jobs(self) -> None:
         events = self._events()
         self.watch.settle(events)
-        self.ended = [job.view() for job in self.client.jobs(all=True, limit=100_000)]
+        self.ended = [job.view() for job in self.client.jobs(all=True, limit=10_000)]
         by_name: dict[str, list[Any]] = {}
         for view in self.ended:
             by_name.setdefault(view.name, []).append(view)

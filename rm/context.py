@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,12 @@ STAT_INTERVAL_S = 0.05
 
 WRITE_INTERVAL_S = 0.05
 """How often `report` writes its file, at most."""
+
+MOST_METRICS = 200
+"""Names that one process may report; further ones are left out. With the next bound: what a report can weigh."""
+
+MOST_CHARS = 200
+"""Of a name or a text that is reported; what is beyond is cut off."""
 
 
 # --- who am I ----------------------------------------------------------------------------------------------
@@ -182,12 +189,18 @@ class _Reporter:
         self._checkpoint_monotonic = 0.0  # the same moment, seconds on this node's monotonic clock
         self._pending = False
         self._written_at = -math.inf  # monotonic seconds
+        self._checkpoint_written_at = (
+            -math.inf
+        )  # the same, of the latest file that told of a checkpoint at once
         self._registered = False
         self._complained = False
 
     def report(self, metrics: dict[str, Scalar], *, checkpoint: bool = False) -> None:
         with self._lock:
             self._metrics.update(metrics)
+            if len(self._metrics) > MOST_METRICS:
+                self._metrics = dict(islice(self._metrics.items(), MOST_METRICS))
+                self._complain(f"only the first {MOST_METRICS} metrics are kept")
             self._at = time.time()
             if checkpoint:
                 self._checkpoint_at = self._at
@@ -196,7 +209,11 @@ class _Reporter:
             if not self._registered:
                 self._registered = True
                 atexit.register(self.flush)
-            if checkpoint or time.monotonic() - self._written_at >= WRITE_INTERVAL_S:
+            now = time.monotonic()
+            if checkpoint and now - self._checkpoint_written_at >= WRITE_INTERVAL_S:
+                self._checkpoint_written_at = now
+                self.flush()
+            elif now - self._written_at >= WRITE_INTERVAL_S:
                 self.flush()
 
     def flush(self) -> None:
@@ -216,14 +233,14 @@ class _Reporter:
                 _replace_text(Path(path), json.dumps(said))
             except (OSError, ValueError) as error:
                 self._pending = True
-                self._complain(error)
+                self._complain(f"metrics can't be written, training goes on: {error}")
 
-    def _complain(self, error: Exception) -> None:
+    def _complain(self, words: str) -> None:
         if not self._complained:
             self._complained = True
             # stderr may be full, closed or None.
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                print(f"rm: metrics can't be written, training goes on: {error}", file=sys.stderr)
+                print(f"rm: {words}", file=sys.stderr)
 
     def forked(self) -> None:
         """In a forked child: what the parent has not written yet is the parent's, and so may be the lock."""
@@ -246,10 +263,11 @@ def report(**metrics: Any) -> None:
 
     Call it at every step: at most every 50 ms the latest values replace the report file. Values from calls in
     between are written by the first call after that, or when the interpreter exits; a process that is killed
-    loses those. Safe from any thread. Outside a job it does nothing, and a full disk never breaks a training.
+    loses those. At most 200 metrics are kept, and 200 characters of a text. Safe from any thread. Outside a job it
+    does nothing, and a full disk never breaks a training.
     """
     if os.environ.get("RM_REPORT_FILE"):
-        _reporter.report({name: _scalar(name, value) for name, value in metrics.items()})
+        _reporter.report({name[:MOST_CHARS]: _scalar(name, value) for name, value in metrics.items()})
 
 
 def checkpointed() -> None:
@@ -264,7 +282,9 @@ def checkpointed() -> None:
 
 def _scalar(name: str, value: Any) -> Scalar:
     """`value` as JSON can hold it. NaN and the infinities, which JSON has no numbers for, become strings."""
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, str):
+        return value[:MOST_CHARS]
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         return int(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import cloudpickle
 
-from rm.errors import InternalError, JobFailed, JobNotFinished, RequestError
+from rm.errors import JobFailed, JobNotFinished, RequestError
 from rm.logs import LogReader
 from rm.runtime.entry import load_error
 from rm.views import EventView, JobView
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from rm.client import Client
 
 WAIT_SLICE_S = 20.0
+EARLY_S = 0.5
+"""An answer without news that comes so much before its time was not waited for."""
+PAUSE_S = 1.0, 3.0
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"})
 
 
@@ -137,7 +141,12 @@ class Job:
 
     def changed(self, status: str | None, timeout: float = WAIT_SLICE_S) -> JobView:
         """The job once its status differs from `status`, or it has ended, or `timeout` seconds have passed."""
+        began = time.monotonic()
         self._view = self._client._allocator("wait", self.id, timeout, status, timeout_s=timeout + 60)
+        left = timeout - (time.monotonic() - began)
+        if left > EARLY_S and self._view.status not in TERMINAL and status in (None, self._view.status):
+            # Too many wait: the allocator did not keep us, so that others get through. A while later, then.
+            time.sleep(min(left, random.uniform(*PAUSE_S)))  # noqa: S311
         return self._view
 
     def result(self, timeout: float | None = None) -> Any:
@@ -152,7 +161,11 @@ class Job:
         payload = cloudpickle.loads(data) if data else {}
         if view.status == "SUCCEEDED":
             if view.kind == "function" and "ok" not in payload:
-                raise InternalError(f"{self.id} succeeded, but its result is not in the store")
+                raise RequestError(
+                    f"{self.id} succeeded, and its result is no longer in the store: for how long and how much is kept "
+                    "there is set by RM_STORE_KEEP_DAYS and RM_STORE_KEEP_BYTES where the allocator is started",
+                    job=self.id,
+                )
             return payload.get("ok")
         raise self._failure(view) from _own_exception(payload)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 NEWS_S = 5.0
 """How long one wait for news lasts; between waits the job's status is looked at."""
+
+PAUSE_S = 1.0
+"""Between two looks where so many follow logs that the store does not wait for us."""
 
 
 class LogReader:
@@ -48,8 +52,8 @@ class LogReader:
                     yield from self._rest(each)
             if ended:
                 return
-            if not moved:
-                self._job._store("news", NEWS_S)
+            if not moved and not self._job._store("news", NEWS_S):
+                time.sleep(PAUSE_S)
 
     def _files(self) -> list[Any]:
         files = [

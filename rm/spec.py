@@ -13,7 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rm.core.model import Gang, Job, Kind, NodeShape, Strategy
@@ -23,7 +31,8 @@ from rm.errors import InvalidSpec
 from rm.rights import is_name
 
 MAX_GPUS = 100_000
-MAX_ARRAY = 10_000
+MAX_ARRAY = 5_000
+"""Jobs of an array, and of one submission: they are one transaction, for which everybody else's decisions wait."""
 MAX_INLINE_BYTES = 16 * 2**20
 """The largest function with its arguments, or result, that travels by value."""
 PRIORITY_NAMES = {"low": -100, "normal": 0, "high": 100}
@@ -462,8 +471,16 @@ class Config(BaseSettings):
     For jobs their GPUs are free; other work on the Ray cluster gets them when the time is over.
     """
     max_pending: Annotated[int, Field(gt=0)] = 100_000
+    """Most jobs that may wait, everybody's together."""
+    max_pending_per_owner: Annotated[int, Field(gt=0)] = 25_000
+    """Most jobs that one owner may have waiting: nobody takes up everybody's place."""
     max_log_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Most that one rank's stdout or stderr may keep in the log store; the rest is dropped and counted."""
+
+    store_keep_days: Annotated[float, Field(gt=0)] = 30.0
+    """How long logs and results of ended jobs are kept."""
+    store_keep_bytes: Annotated[int, Field(gt=0), BeforeValidator(parse_bytes)] = 50 * 2**30
+    """What the store may take in all; beyond it the oldest logs and results of ended jobs go earlier."""
 
     def resolved(self) -> Config:
         """The same with absolute paths and a full ledger URL."""

@@ -6,6 +6,12 @@
     results/<job>/<attempt>                     what a function returned
     drafts/                                     files on their way to their names
 
+A log that would exceed its limit keeps its beginning and its end: the file has a hole in between, whose size readers
+are told in its place. Where the file system knows no holes, only the beginning is kept.
+
+`tidy` removes what is too old, and what is oldest where all of it takes too much, but nothing that a live job needs
+and nothing that was touched within the last hour.
+
 Blobs and results appear whole, forced to disk, or not at all. Logs are not forced: a crash of the machine may
 cost their last moments, which the next batch then reveals as a gap. No file is held open between calls, so
 there are never more open files than calls under way. One process works on a root at a time; within it, every
@@ -20,12 +26,15 @@ import json
 import os
 import re
 import secrets
+import shutil
+import stat
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rm import holes
 from rm.errors import InvalidSpec
 
 _JOB_ID = re.compile(r"[a-z][a-z0-9_-]{0,63}", re.ASCII)
@@ -36,6 +45,10 @@ _NUMBER_MOST = 10**9
 _OFFSET_MOST = 2**62
 _READ_MOST = 64 * 2**20
 _LOCKS = 64
+TOUCHED_S = 3600.0
+"""Whatever was written, or asked for by a submission, so lately is left alone."""
+BLOB_IDLE_S = 7 * 86_400.0
+"""How long a blob that no live job needs is kept for the next one that may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +71,39 @@ class LogFile:
     closed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Tidied:
+    """What `tidy` has removed, in jobs, blobs and bytes on the disk, and what all that is left takes."""
+
+    jobs: int
+    blobs: int
+    freed_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Removable:
+    """Something that no live job needs. `at`: when it was last written."""
+
+    at: float
+    size: int
+    paths: tuple[Path, ...]
+    is_blob: bool
+
+
 @dataclass(slots=True)
 class _Position:
     """How far a stream has come: from byte `at` of the file on, it holds the stream from byte `stream` on.
 
-    Both are 0 until something is missing. Where the file has reached its limit, `at` is its size and `stream`
-    moves on alone, by what is dropped.
+    Both are 0 until something is missing. Where the file has reached its limit and can't have a hole, `at` is its size
+    and `stream` moves on alone, by what is dropped. `cut`: where the hole ends; 0: there is none.
     """
 
     at: int = 0
     stream: int = 0
     dropped: int = 0
     closed: bool = False
+    cut: int = 0
 
 
 class FileStore:
@@ -79,10 +113,12 @@ class FileStore:
         """`max_log_bytes`: the most that one stream of one rank may keep. Clears what a crash left in drafts/."""
         self._root = root
         self._max_log_bytes = max_log_bytes
+        self._head_bytes = max_log_bytes // 2
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._drafts = _directory(root / "drafts")
         for leftover in self._drafts.iterdir():
             leftover.unlink(missing_ok=True)
+        self._holes = holes.works(self._drafts)
 
     # --- blobs -------------------------------------------------------------------------------------------
 
@@ -90,13 +126,14 @@ class FileStore:
         """Keep `data`; returns its SHA-256, which is its name. Durable on return. Twice is once."""
         digest = hashlib.sha256(data).hexdigest()
         path = self._blob(digest)
-        if not (path.exists() and path.stat().st_size == len(data)):
-            self._write(path, data)
+        if path.exists() and path.stat().st_size == len(data) and _touched(path):
+            return digest
+        self._write(path, data)
         return digest
 
     def has_blobs(self, digests: Collection[str]) -> set[str]:
-        """Those of `digests` that are kept."""
-        return {digest for digest in digests if self._blob(digest).exists()}
+        """Those of `digests` that are kept. They stay so for the submission that is about to name them."""
+        return {digest for digest in digests if _touched(self._blob(digest))}
 
     def get_blob(self, digest: str) -> bytes:
         """The blob of this name. Raises FileNotFoundError, or OSError where the disk changed its content."""
@@ -126,8 +163,8 @@ class FileStore:
         """Add `data`, which begins at byte `offset` of what the rank printed; returns where the next one begins.
 
         What is there already is not added again, so a batch may be sent as often as its sender likes. A gap is
-        marked by a line of its own and stays one: bytes that come later for it are dropped. Beyond the limit
-        nothing is kept, only counted. A closed log takes nothing more.
+        marked by a line of its own and stays one: bytes that come later for it are dropped. Beyond the limit the
+        beginning is kept and the end, see above. A closed log takes nothing more.
         """
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
@@ -141,13 +178,15 @@ class FileStore:
             expected, end = position.stream + size - position.at, offset + len(data)
             if end <= expected:
                 return expected
-            if offset > expected and size < self._max_log_bytes:
+            if offset > expected and (self._holes or size < self._max_log_bytes):
                 lost = f"{offset - expected} bytes of output were lost here"
                 size = self._write_gap(path, position, lost, offset)
                 expected = offset
             new = data[max(0, expected - offset) :]
-            kept = new[: max(0, self._max_log_bytes - size)]
+            kept = new if self._holes else new[: max(0, self._max_log_bytes - size)]
             _append(path, kept)
+            if self._holes:
+                self._cut(path, position, size + len(kept))
             dropped = end - expected - len(kept)
             if dropped:
                 position.dropped += dropped
@@ -177,14 +216,22 @@ class FileStore:
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
         _number(max_bytes, "max_bytes", most=_OFFSET_MOST)
-        # Before the bytes: closed then surely means that they are all there.
-        closed = _read_position(path).closed
-        if offset >= _size(path):
-            return LogChunk(b"", offset, closed)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(min(max_bytes, _READ_MOST))
-        return LogChunk(data, offset + len(data), closed)
+        while True:
+            # Before the bytes: closed then surely means that they are all there.
+            position = _read_position(path)
+            if self._head_bytes <= offset < position.cut:
+                return LogChunk(self._cut_note(path, position, offset), position.cut, position.closed)
+            if offset >= _size(path):
+                return LogChunk(b"", offset, position.closed)
+            most = min(max_bytes, _READ_MOST)
+            if position.cut and offset < self._head_bytes:
+                most = min(most, self._head_bytes - offset)
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(most)
+            # The position is written before a hole is made: where it is as it was, these bytes were in none.
+            if _read_position(path).cut == position.cut:
+                return LogChunk(data, offset + len(data), position.closed)
 
     def logs(self, job_id: str) -> list[LogFile]:
         """Every log of the job, by attempt, rank and stream."""
@@ -193,10 +240,75 @@ class FileStore:
         for path in directory.glob("*/*"):
             match = _LOG.fullmatch(path.name)
             if match is not None:
-                closed = _read_position(path).closed
-                size = path.stat().st_size
-                found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, closed))
+                position = _read_position(path)
+                size = path.stat().st_size - max(0, position.cut - self._head_bytes)
+                found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, position.closed))
         return sorted(found, key=lambda each: (each.attempt, each.rank, each.stream))
+
+    # --- tidying -----------------------------------------------------------------------------------------
+
+    def tidy(
+        self, live: Collection[str], needed: Collection[str], now: float, keep_s: float, keep_bytes: int
+    ) -> Tidied:
+        """Remove logs and results of jobs last written `keep_s` ago, and the oldest while all takes over `keep_bytes`.
+
+        `live`: jobs of which everything stays. `needed`: blobs that stay; others go after a week. `now`: seconds since
+        the epoch. Takes a look at every file.
+        """
+        found, total = self._look(set(live), set(needed))
+        found = sorted((each for each in found if each.at < now - TOUCHED_S), key=lambda each: each.at)
+        jobs = blobs = freed = 0
+        for each in found:
+            idle_s = min(keep_s, BLOB_IDLE_S) if each.is_blob else keep_s
+            if each.at >= now - idle_s and total - freed <= keep_bytes:
+                continue
+            if each.is_blob and _written_at(each.paths[0]) >= now - TOUCHED_S:
+                continue  # a submission has asked for it meanwhile
+            for path in each.paths:
+                _remove(path)
+            freed += each.size
+            jobs, blobs = jobs + (not each.is_blob), blobs + each.is_blob
+        return Tidied(jobs, blobs, freed, total - freed)
+
+    def _look(self, live: set[str], needed: set[str]) -> tuple[list[_Removable], int]:
+        """What could be removed, and what all there is takes on the disk."""
+        total = 0
+        found: list[_Removable] = []
+        of_jobs: dict[str, list[Path]] = {}
+        for kind in ("logs", "results"):
+            for path in _entries(self._root / kind):
+                of_jobs.setdefault(path.name, []).append(path)
+        for job_id, paths in of_jobs.items():
+            weighed = [_weigh(path) for path in paths]
+            at, size = max(each[0] for each in weighed), sum(each[1] for each in weighed)
+            total += size
+            if job_id not in live:
+                found.append(_Removable(at, size, tuple(paths), is_blob=False))
+        for directory in _entries(self._root / "blobs"):
+            for path in _entries(directory):
+                at, size = _weigh(path)
+                total += size
+                if path.name not in needed:
+                    found.append(_Removable(at, size, (path,), is_blob=True))
+        return found, total
+
+    # --- logs too long -----------------------------------------------------------------------------------
+
+    def _cut(self, path: Path, position: _Position, size: int) -> None:
+        """Give back the middle of a file that has become longer than the limit, not for every few bytes."""
+        cut, begin = size - (self._max_log_bytes - self._head_bytes), max(position.cut, self._head_bytes)
+        if cut - begin <= self._max_log_bytes // 16:
+            return
+        position.cut = cut
+        self._write_position(path, position)
+        holes.punch(path, begin, cut)
+
+    def _cut_note(self, path: Path, position: _Position, offset: int) -> bytes:
+        words = (
+            f"{position.cut - offset} bytes of output were cut out here: of a log that is longer than "
+            f"{self._max_log_bytes} bytes (RM_MAX_LOG_BYTES) the beginning and the end are kept"
+        )
+        return _on_a_line(path, offset, words)
 
     def _write_gap(self, path: Path, position: _Position, words: str, stream: int) -> int:
         """Mark that something is missing before byte `stream` of the stream; returns the file's new size."""
@@ -260,6 +372,50 @@ def _number(value: int, field: str, most: int = _NUMBER_MOST) -> int:
     return value
 
 
+def _touched(path: Path) -> bool:
+    """Whether the file is there; then it counts as written now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _weigh(path: Path) -> tuple[float, int]:
+    """When anything at or below the path was last written, and the bytes that it takes on the disk."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0.0, 0
+    at, size = found.st_mtime, found.st_blocks * 512
+    if stat.S_ISDIR(found.st_mode):
+        for below in _entries(path):
+            newest, more = _weigh(below)
+            at, size = max(at, newest), size + more
+    return at, size
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _position_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
@@ -275,11 +431,16 @@ def _read_position(path: Path) -> _Position:
 
 def _note(path: Path, words: str) -> bytes:
     """A line of our own in a log, on a line of its own."""
+    return _on_a_line(path, _size(path), words)
+
+
+def _on_a_line(path: Path, offset: int, words: str) -> bytes:
+    """The line as it stands behind byte `offset` of the file."""
     start = b""
-    if _size(path):
+    if offset:
         with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            start = b"" if file.read() == b"\n" else b"\n"
+            file.seek(offset - 1)
+            start = b"" if file.read(1) == b"\n" else b"\n"
     return start + f"[rm: {words}]\n".encode()
 
 

@@ -55,10 +55,23 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
     nodes = [cluster.head_node]
     for kind in ("A100", "H100"):
         nodes.append(cluster.add_node(**node, labels={"ray.io/accelerator-type": kind}))
-    config = Config(home=home, checkpoint_root=str(home / "checkpoints"), audit_every_s=5)
+    config = Config(
+        home=home,
+        checkpoint_root=str(home / "checkpoints"),
+        audit_every_s=5,
+        max_pending_per_owner=2_500,
+        max_log_bytes=100 * 2**20,
+    )
     client = rm.connect(cluster.address, config=config)
     try:
-        yield SimpleNamespace(cluster=cluster, client=client, home=home, address=cluster.address, nodes=nodes)
+        yield SimpleNamespace(
+            cluster=cluster,
+            client=client,
+            home=home,
+            address=cluster.address,
+            nodes=nodes,
+            max_log_bytes=config.max_log_bytes,
+        )
         wait_until(lambda: not groups(), 30, "what was kept warm is gone")
     finally:
         ray.shutdown()

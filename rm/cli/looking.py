@@ -210,7 +210,10 @@ def why(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
 
 def cancel(
     ctx: typer.Context,
-    job_ids: JobIds,
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]", help="j17, or just 17.")] = None,
+    owner: Annotated[
+        str | None, typer.Option("--all-of", metavar="OWNER", help="All that OWNER has.")
+    ] = None,
     wait_: Annotated[bool, typer.Option("--wait", help="Until their GPUs are free.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -219,6 +222,18 @@ def cancel(
     SIGTERM, then their grace, then SIGKILL. One that has ended already is left as it is. Where the rules name admins,
     only they and a job's owner may.
     """
+    if (owner is None) == (not job_ids):
+        raise typer.BadParameter("name the jobs, or whose with --all-of OWNER")
+    if owner is not None:
+        if wait_:
+            raise typer.BadParameter("--wait is for jobs that are named; rmctl ls shows what is left")
+        count = connect(ctx).cancel_all(owner)
+        if as_json:
+            show_json({"owner": owner, "cancelled": count})
+        else:
+            show(plain(f"{count} jobs of {owner} were told to end"))
+        return 0
+    assert job_ids is not None
     jobs, failed = _each(connect(ctx), job_ids, lambda job: job.cancel())
     if wait_:
         for job in jobs:

@@ -59,6 +59,8 @@ KEPT_COMING = 16
 """Jobs in one walk for which what is on its way back is kept, beyond those that would evict somebody else for it."""
 REASONS = 50
 """Different reasons that one cycle works out. After a flood of submissions the next cycles go on with it."""
+CHECKS = 1_000
+"""Jobs for which one cycle writes a reason down, for the same cause: each is a row of the ledger."""
 NEXT_REASONS_S = 0.05
 MOST_PASSES = 8
 """Walks in one cycle: each admission may change the order, and with it who should have been reserved for."""
@@ -210,6 +212,9 @@ class Cycle:
                     self._wake_at(self.now + NEXT_REASONS_S)
                     break
                 known[key] = reason_of(self, job)
+            if len(events) == CHECKS:
+                self._wake_at(self.now + NEXT_REASONS_S)
+                break
             events.append(AvailabilityChecked(self.now, job_id, known[key]))
         for event in self._events:
             if isinstance(event, JobAdmitted):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
 from rm.core.gittins import age_bin
@@ -98,6 +98,7 @@ class Pending:
         self.masks: dict[str, int] = {}
         """Queue → the bits of the shapes that it waits for."""
         self._counts: dict[str, dict[int, int]] = {}
+        self._by_owner: dict[str, int] = {}
         self.shapes: dict[Gang, Shape] = {}
         self._free_numbers: list[int] = []
         self._by_units: list[tuple[int, int]] | None = None
@@ -120,6 +121,10 @@ class Pending:
     def group_of(self, job_id: str) -> Group | None:
         return self._home.get(job_id)
 
+    def of_owner(self, owner: str) -> int:
+        """How many of them are the owner's."""
+        return self._by_owner.get(owner, 0)
+
     def no_larger(self, units: int) -> int:
         """The bits of the shapes whose minimum takes at most so many units."""
         if self._by_units is None:
@@ -136,6 +141,7 @@ class Pending:
         if job.id in self._home:
             self.remove(job)
         self._home[job.id] = None
+        self._by_owner[job.owner] = self._by_owner.get(job.owner, 0) + 1
         if job.held or job.after:
             return
         if job.eligible_at > now:
@@ -154,6 +160,9 @@ class Pending:
     def remove(self, job: Job) -> None:
         """The job is queued no longer. KeyError where it was not."""
         group = self._home.pop(job.id)
+        self._by_owner[job.owner] -= 1
+        if not self._by_owner[job.owner]:
+            del self._by_owner[job.owner]
         if group is None:
             return
         self._leave(group, (job.seq, job.id))
@@ -242,6 +251,7 @@ class Pending:
                 assert lane.mask == mask, f"mask of a lane of {queue}"
                 assert lane.heads == sorted(lane.heads, key=_seq), f"a lane of {queue} is out of order"
         assert self.lanes.keys() == self.groups.keys(), "lanes"
+        assert self._by_owner == Counter(jobs[job_id].owner for job_id in self._home), "owners"
         for gang, shape in self.shapes.items():
             limits = [
                 job.time_limit_s + job.grace_s

@@ -12,13 +12,14 @@ words, for whatever the world has done to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Select, bindparam, delete, func, select, text, update
+from sqlalchemy import Connection, Select, Table, bindparam, delete, func, select, text, update
 
 from rm.core.books import Owner
 from rm.core.events import Event, NodeJoined, NodeLost
@@ -119,7 +120,7 @@ class Ledger:
             return
         with self._database.transaction() as connection:
             if added:
-                connection.execute(jobs.insert(), added)
+                _insert(connection, jobs, added)
             if moved:
                 found = connection.execute(_MOVE, moved).rowcount
                 if found != len(moved):
@@ -128,7 +129,7 @@ class Ledger:
                         f"{', '.join(list(changed)[:10])}: was it replaced while the allocator was running?"
                     )
             if happened:
-                connection.execute(events.insert(), happened)
+                _insert(connection, events, happened)
             if used:
                 connection.execute(_USED, used)
             for node_id, cordon in batch.cordons.items():
@@ -153,6 +154,29 @@ class Ledger:
         if not rows:
             raise UnknownJob(f"there is no job {job_id!r} in the ledger", field="job_id")
         return _decoded(rows[0].id, codec.decode_spec, rows[0].spec)
+
+    def specs(self, job_ids: Sequence[str]) -> dict[str, JobSpec]:
+        """What was asked for, by id, of those that the ledger has."""
+        stored = {codec.column(job_id): job_id for job_id in job_ids}
+        found: dict[str, JobSpec] = {}
+        for some in _parts(list(stored)):
+            rows = self._read(select(jobs.c.id, jobs.c.spec).where(jobs.c.id.in_(some)))
+            found |= {stored[row.id]: _decoded(row.id, codec.decode_spec, row.spec) for row in rows}
+        return found
+
+    def blobs_of_live_jobs(self) -> set[str]:
+        """The SHA-256 of every function and working directory that a job which has not ended may still need."""
+        found: set[str] = set()
+        query = select(jobs.c.seq, jobs.c.spec).where(jobs.c.status.in_(LIVE))
+        after = 0
+        while True:
+            rows = self._read(query.where(jobs.c.seq > after).order_by(jobs.c.seq).limit(KEYS_AT_ONCE))
+            if not rows:
+                return found
+            after = rows[-1].seq
+            # Not decoded: there may be a hundred thousand. What only looks like one costs nothing.
+            for row in rows:
+                found.update(_BLOB.findall(row.spec))
 
     def newest(self) -> float:
         """The newest time of the latest events and of the owners' use: seconds since the epoch, 0 where there is none.
@@ -221,9 +245,7 @@ class Ledger:
         """Which of these idempotency keys were accepted before: key → job id."""
         stored = {codec.column(key): key for key in keys}
         found: dict[str, str] = {}
-        columns = list(stored)
-        for start in range(0, len(columns), KEYS_AT_ONCE):
-            some = columns[start : start + KEYS_AT_ONCE]
+        for some in _parts(list(stored)):
             rows = self._read(select(jobs.c.key, jobs.c.id).where(jobs.c.key.in_(some)))
             found.update({stored[row.key]: row.id for row in rows})
         return found
@@ -244,6 +266,25 @@ def next_seq(connection: Connection) -> int:
     return max((last or 0) + 1, int(first or 1))
 
 
+def _insert(connection: Connection, table: Table, rows: Sequence[Fields]) -> None:
+    """Add rows, all with the fields of the first, in half the time that SQLAlchemy takes for each row's parameters.
+
+    Only for columns whose values go to the driver as they are: texts, numbers and None.
+    """
+    compiled = table.insert().compile(dialect=connection.dialect, column_keys=list(rows[0]))
+    names = compiled.positiontup
+    if names is None:
+        connection.exec_driver_sql(str(compiled), list(rows))
+    else:
+        connection.exec_driver_sql(str(compiled), [tuple(row[name] for name in names) for row in rows])
+
+
+def _parts(columns: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(columns), KEYS_AT_ONCE):
+        yield columns[start : start + KEYS_AT_ONCE]
+
+
+_BLOB = re.compile(r'"(?:payload|working_dir)_sha256":"([0-9a-f]{64})"')
 _JOB_ROW = select(jobs.c.id, jobs.c.record, jobs.c.spec)
 _LIFT = delete(cordons)
 _NODES = (
@@ -269,7 +310,7 @@ def _accepted_fields(accepted: Accepted, job: Job) -> Fields:
     return {
         "id": codec.column(job.id),
         "key": codec.column(accepted.key),
-        "spec": codec.encode_spec(accepted.spec),
+        "spec": accepted.spec_text or codec.encode_spec(accepted.spec),
         "array": codec.column(job.array) if job.array else None,
         **_record_fields(job),
     }

@@ -15,11 +15,15 @@ from rm.spec import JobSpec
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A new job. `key` is the submission's idempotency key, unique in the ledger."""
+    """A new job. `key` is the submission's idempotency key, unique in the ledger.
+
+    `spec_text`: `codec.encode_spec(spec)`, where it has been done already.
+    """
 
     job: Job
     spec: JobSpec
     key: str
+    spec_text: str = field(default="", repr=False)  # env may hold secrets
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shlex
@@ -17,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import ray
@@ -41,19 +43,22 @@ from rm.errors import (
 from rm.ledger import Ledger
 from rm.runtime.audit import Audit
 from rm.runtime.clock import Anchor, Clock, boot_id
-from rm.runtime.drafts import Dependencies, draft
+from rm.runtime.drafts import Dependencies, Drafting, stored
 from rm.runtime.gangs import Gangs
 from rm.runtime.holders import Holders
+from rm.runtime.links import Link
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
 from rm.runtime.old_world import OldWorld
+from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
 from rm.runtime.writer import Writer
 from rm.settings import Settings
 from rm.settings_change import consequences
-from rm.spec import Config, JobSpec
+from rm.spec import MAX_ARRAY, Config, JobSpec
+from rm.store import Tidied
 from rm.views import (
     AuditView,
     EventView,
@@ -75,9 +80,25 @@ HOLDERS_LOOK_S = 1.0
 NODE_TYPES_LOOK_S = 60.0
 THREADS = 256
 """Most threads for calls that block: made when needed. More than there are gangs that start or end at one moment."""
+TIDY_S = 600.0
+"""Between two times at which the store is rid of what is too old or too much."""
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
+MOST_WAITS = 500
+"""Calls of `wait` that are held at a time, half of what the actor takes. Others are answered at once: clients pause."""
+BULK = 200
+"""Submissions with more jobs than this take turns."""
+MOST_LISTED = 10_000
+MOST_EVENTS = 100_000
+FRESH_REASONS = 200
+"""Listed jobs whose reasons are worked out anew; further ones show what was recorded."""
+VIEWS_A_SLICE = 250
+"""Views that are made without letting others have their turn."""
+MOST_FORECASTS = 8
+"""Estimates that are under way or wait for their turn; who asks beyond that is told so."""
 SPECS_KEPT = 2_000
+SPEC_KEPT_BYTES = 16 * 1024
+"""Larger requests are read from the ledger each time."""
 SAME_CHECKPOINT_S = 0.05
 FIRST_TURN_S = 5.0
 """How long the first answer waits for the writer's first commit."""
@@ -92,6 +113,9 @@ class Allocator:
 
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        # A hundred thousand records live long: to look through all of them for garbage at Python's usual pace would
+        # take a third of the time that a flood of submissions needs.
+        gc.set_threshold(50_000, 20, 50)
         self._config = config
         self._ready = asyncio.Event()
         self._broken: Exception | None = None
@@ -99,7 +123,14 @@ class Allocator:
         self._specs: OrderedDict[str, JobSpec] = OrderedDict()
         self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._holders = Holders()
+        self._store = Link("store")
         self._submitting: dict[str, asyncio.Lock] = {}
+        self._bulk = asyncio.Lock()
+        self._listing = asyncio.Semaphore(2)
+        self._waits = 0
+        self._forecasts = 0
+        self._estimating = asyncio.Lock()
+        self._forecaster = ThreadPoolExecutor(1, "rm-forecast")
         self._tasks: list[asyncio.Task[None]] = []
         # The constructor must return before the actor's event loop runs: the first call is our own.
         ray.get_runtime_context().current_actor.live.remote()
@@ -154,6 +185,7 @@ class Allocator:
                 self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
             ).execute,
             max_pending=config.max_pending,
+            max_pending_per_owner=config.max_pending_per_owner,
             check=bool(os.environ.get("RM_CHECK")),
         )
         self._audit = Audit(
@@ -186,6 +218,7 @@ class Allocator:
             asyncio.create_task(self._watch.run()),
             asyncio.create_task(self._listen_for_holders()),
             asyncio.create_task(self._look_at_node_types()),
+            asyncio.create_task(self._keep_tidy()),
             asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
@@ -218,6 +251,40 @@ class Allocator:
             with contextlib.suppress(Exception):
                 await self._watch.observe_node_types()
 
+    async def _keep_tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_S)
+            try:
+                await self.tidy()
+            except Exception:
+                log.warning("the store was not tidied; the next time is in %g s", TIDY_S, exc_info=True)
+
+    async def tidy(self) -> Tidied:
+        """Remove from the store what is too old or too much (RM_STORE_KEEP_DAYS, RM_STORE_KEEP_BYTES)."""
+        await self._up()
+        # First the time: whatever is submitted from now on touches its blobs later.
+        now, key = self._clock(), self._ledger.key
+        live = {archive_id(key, job_id) for job_id in self._writer.view().jobs}
+        needed = await asyncio.to_thread(self._ledger.blobs_of_live_jobs)
+        keep_s = self._config.store_keep_days * 86_400
+        tidied: Tidied = await self._store.call(
+            "tidy", live, needed, now, keep_s, self._config.store_keep_bytes
+        )
+        if tidied.jobs or tidied.blobs:
+            log.info(
+                "the store was rid of logs and results of %d jobs and of %d blobs, %d MiB; %d MiB are left",
+                tidied.jobs,
+                tidied.blobs,
+                tidied.freed_bytes >> 20,
+                tidied.kept_bytes >> 20,
+            )
+        if tidied.kept_bytes > self._config.store_keep_bytes:
+            log.warning(
+                "the store takes %d MiB, more than RM_STORE_KEEP_BYTES: all of it is needed by live jobs, or is new",
+                tidied.kept_bytes >> 20,
+            )
+        return tidied
+
     # --- asked by clients ----------------------------------------------------------------------------------
 
     async def hello(self) -> dict[str, Any]:
@@ -244,39 +311,54 @@ class Allocator:
         # Here and not in the spec: what stands in a ledger stays readable.
         for owner in {spec.owner for spec in specs}:
             rights.require_name(owner)
-        # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
-        async with self._one_submission(keys):
-            known = await asyncio.to_thread(self._ledger.submitted, keys)
-            new = [(spec, key) for spec, key in zip(specs, keys, strict=True) if key not in known]
-            waits = Dependencies(self._writer, self._ledger)
-            await waits.settle(name for spec, _ in new for name in spec.after)
-            # From here to the writer's inbox nothing is waited for: what was settled stays so.
-            policy, shapes, now = self._writer.state.policy, self._writer.state.node_shapes(), self._clock()
-            drafts = [
-                (spec, key, draft(spec, policy, shapes, waits.left(spec.after), now)) for spec, key in new
-            ]
-            accepted = iter(await self._writer.submit(drafts) if drafts else [])
-        ids = [
-            _submission_id(spec, known[key]) if key in known else next(accepted)
-            for spec, key in zip(specs, keys, strict=True)
-        ]
-        for spec, job_id in zip(specs, ids, strict=True):
-            self._remember(job_id, spec)
+        count = sum(spec.array or 1 for spec in specs)
+        if count > MAX_ARRAY:
+            raise InvalidSpec(
+                f"entries: {count} jobs in one step, and at most {MAX_ARRAY} can be; submit them in parts",
+                field="entries",
+            )
+        texts = await asyncio.to_thread(stored, specs)
+        if count <= BULK:
+            ids = await self._submit(specs, keys, texts)
+        else:
+            # One large batch at a time, and of one owner only one in the queue: nobody waits for more than one of each.
+            async with self._one_at_a_time(f"bulk of {specs[0].owner}"), self._bulk:
+                ids = await self._submit(specs, keys, texts)
+        for spec, job_id, text in zip(specs, ids, texts, strict=True):
+            if len(text) <= SPEC_KEPT_BYTES:
+                self._remember(job_id, spec)
             if spec.ttl_s is not None:
                 self._holders.add(job_id, spec.ttl_s)
         return ids
 
+    async def _submit(self, specs: list[JobSpec], keys: list[str], texts: list[str]) -> list[str]:
+        # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
+        async with self._one_at_a_time(keys[0] if keys else ""):
+            known = await asyncio.to_thread(self._ledger.submitted, keys)
+            each = zip(specs, keys, texts, strict=True)
+            new = [(spec, key, text) for spec, key, text in each if key not in known]
+            waits = Dependencies(self._writer, self._ledger)
+            await waits.settle(name for spec, _, _ in new for name in spec.after)
+            # From here to the writer's inbox nothing is waited for: what was settled stays so.
+            drafting = Drafting(self._writer.state.policy, self._writer.state.node_shapes(), self._clock())
+            drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
+            new_texts = [text for _, _, text in new]
+            accepted = iter(await self._writer.submit(drafts, new_texts) if drafts else [])
+        return [
+            _submission_id(spec, known[key]) if key in known else next(accepted)
+            for spec, key in zip(specs, keys, strict=True)
+        ]
+
     @contextlib.asynccontextmanager
-    async def _one_submission(self, keys: list[str]) -> AsyncIterator[None]:
-        """Let calls with the same first key pass one after the other."""
-        first = keys[0] if keys else ""
-        lock = self._submitting.setdefault(first, asyncio.Lock())
+    async def _one_at_a_time(self, whose: str) -> AsyncIterator[None]:
+        """Let calls with the same first key, or of the same owner, pass one after the other."""
+        lock = self._submitting.setdefault(whose, asyncio.Lock())
         try:
             async with lock:
                 yield
         finally:
             if not lock.locked():
-                self._submitting.pop(first, None)
+                self._submitting.pop(whose, None)
 
     async def job(self, job_id: str) -> JobView:
         """One job, live or ended, or an array of jobs as one. Raises UnknownJob."""
@@ -295,24 +377,44 @@ class Allocator:
     async def jobs(
         self, *, live_only: bool = True, owner: str | None = None, name: str | None = None, limit: int = 100
     ) -> list[JobView]:
-        """Jobs, newest first: all that live, and with `live_only=False` the ended ones too."""
+        """Jobs, newest first: all that live, and with `live_only=False` the ended ones too.
+
+        Raises InvalidSpec for a `limit` above 10,000.
+        """
         await self._up()
-        if not live_only:
-            rows = await asyncio.to_thread(self._ledger.jobs, owner=owner, name=name, limit=limit)
-            live = self._writer.view().jobs
-            listed = [live.get(row.job.id, row.job) for row in rows]
-            return await self._views(listed, [row.spec for row in rows])
-        chosen = [
-            job
-            for job in self._writer.view().jobs.values()
-            if owner in (None, job.owner) and name in (None, job.name)
-        ]
-        chosen.sort(key=lambda job: -job.seq)
-        return await self._views(chosen[:limit])
+        if limit > MOST_LISTED:
+            raise InvalidSpec(
+                f"limit: at most {MOST_LISTED} jobs are listed at once, not {limit}; `owner` and `name` narrow it down",
+                field="limit",
+            )
+        async with self._listing:
+            if not live_only:
+                rows = await asyncio.to_thread(self._ledger.jobs, owner=owner, name=name, limit=limit)
+                live = self._writer.view().jobs
+                listed = [live.get(row.job.id, row.job) for row in rows]
+                return await self._views(listed, [row.spec for row in rows])
+            chosen = (
+                job
+                for job in reversed(list(self._writer.view().jobs.values()))
+                if owner in (None, job.owner) and name in (None, job.name)
+            )
+            return await self._views(list(islice(chosen, limit)))
 
     async def wait(self, job_id: str, timeout_s: float, seen_status: str | None = None) -> JobView:
-        """The job once it has ended, or its status is no longer `seen_status`, or `timeout_s` has passed."""
+        """The job once it has ended, or its status is no longer `seen_status`, or `timeout_s` has passed.
+
+        Or at once, where too many wait already: whoever asks then pauses before the next time.
+        """
         await self._up()
+        if self._waits >= MOST_WAITS:
+            return await self._look(job_id)
+        self._waits += 1
+        try:
+            return await self._wait(job_id, timeout_s, seen_status)
+        finally:
+            self._waits -= 1
+
+    async def _wait(self, job_id: str, timeout_s: float, seen_status: str | None) -> JobView:
         deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         while True:
             job = await self._find_any(job_id)
@@ -341,6 +443,20 @@ class Allocator:
             stops.append(StopRequested(self._clock(), job.id, cause, "" if released else by))
         await self._writer.request_all(stops)
         return await self._look(job_id)
+
+    async def cancel_all(self, owner: str, by: str) -> int:
+        """Ask every job of the owner to end, newest first so that none of them starts meanwhile. Returns how many.
+
+        Durable when this returns. Raises NotAllowed where they are not `by`'s to change.
+        """
+        await self._up()
+        rights.require_name(by)
+        if self._admins:
+            rights.require_change(f"what {owner} has submitted", owner, by, self._admins)
+        now = self._clock()
+        jobs = [job.id for job in reversed(list(self._writer.view().jobs.values())) if job.owner == owner]
+        await self._writer.request_all(StopRequested(now, job_id, StopCause.CANCELLED, by) for job_id in jobs)
+        return len(jobs)
 
     async def hold(self, job_id: str, by: str, *, held: bool) -> JobView:
         """Keep a queued job, or those of an array that are queued, from starting; or let it go. Durable then.
@@ -386,8 +502,13 @@ class Allocator:
         return reason
 
     async def events(self, job_id: str | None = None, after: int = 0, limit: int = 1000) -> list[EventView]:
-        """The ledger's history, oldest first."""
+        """The ledger's history, oldest first. Raises InvalidSpec for a `limit` above 100,000."""
         await self._up()
+        if limit > MOST_EVENTS:
+            raise InvalidSpec(
+                f"limit: at most {MOST_EVENTS} events are given at once, not {limit}; go on with `after`",
+                field="limit",
+            )
         if job_id is not None and isinstance(await self._find_any(job_id), Counter):
             return await asyncio.to_thread(self._ledger.events, None, after, limit, array_id=job_id)
         return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
@@ -450,8 +571,8 @@ class Allocator:
                 "`rmctl stop --keep-jobs` leaves them running for the next allocator"
             )
         self._closing = True
-        for job in live:
-            await self._writer.request(StopRequested(self._clock(), job.id, StopCause.CANCELLED, by))
+        now = self._clock()
+        await self._writer.request_all(StopRequested(now, job.id, StopCause.CANCELLED, by) for job in live)
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
         await self._let_stands_go()
@@ -536,8 +657,17 @@ class Allocator:
         job = await self._find(job_id)
         if job.status is not Status.QUEUED:
             return {"p50_s": None, "p90_s": None, "basis": f"it does not wait: it is {job.status}"}
-        twin = Twin(self._writer.state, self._clock())
-        return asdict(await asyncio.to_thread(twin.forecast, job_id))
+        if self._forecasts >= MOST_FORECASTS:
+            return {"p50_s": None, "p90_s": None, "basis": "too many ask for an estimate right now"}
+        self._forecasts += 1
+        try:
+            # Whoever waits for a turn holds no copy of the jobs: it is taken when the turn comes.
+            async with self._estimating:
+                twin = Twin(self._writer.state, self._clock())
+                loop = asyncio.get_running_loop()
+                return asdict(await loop.run_in_executor(self._forecaster, twin.forecast, job_id))
+        finally:
+            self._forecasts -= 1
 
     async def audit(self, *, look: bool = True) -> AuditView:
         """Compare the ledger, Ray's tables and the GPUs' drivers, and repair. `look=False`: what the last one found."""
@@ -675,25 +805,29 @@ class Allocator:
         return (await self._views([job]))[0]
 
     async def _views(self, jobs: Sequence[Job], specs: Sequence[JobSpec] | None = None) -> list[JobView]:
-        """What readers get. The reasons of all come from one walk over the queue."""
+        """What readers get. The reasons of the first come from one walk over the queue."""
         if specs is None:
-            specs = [await self._spec(job.id) for job in jobs]
+            specs = await self._specs_of([job.id for job in jobs])
         names = {node.id: node.name for node in self._writer.view().nodes.values()}
-        reasons, now = self._reasons(jobs), self._clock()
-        return [
-            job_view(
-                job,
-                command=_command_line(spec),
-                progress=self._last_progress.get(job.id),
-                node_names=names,
-                ranks=spec.processes_per_bundle(job.gang.bundle.gpu_units)
-                * (len(job.attempt.placed) if job.attempt else job.gang.count),
-                reason=reasons.get(job.id),
-                as_of=now,
-                stand=self._stands.name(attempt_key(job.id, job.attempt.number)) if job.attempt else "",
+        reasons, now = self._reasons(jobs[:FRESH_REASONS]), self._clock()
+        views = []
+        for job, spec in zip(jobs, specs, strict=True):
+            ranks = spec.processes_per_bundle(job.gang.bundle.gpu_units)
+            views.append(
+                job_view(
+                    job,
+                    command=_command_line(spec),
+                    progress=self._last_progress.get(job.id),
+                    node_names=names,
+                    ranks=ranks * (len(job.attempt.placed) if job.attempt else job.gang.count),
+                    reason=reasons.get(job.id),
+                    as_of=now,
+                    stand=self._stands.name(attempt_key(job.id, job.attempt.number)) if job.attempt else "",
+                )
             )
-            for job, spec in zip(jobs, specs, strict=True)
-        ]
+            if not len(views) % VIEWS_A_SLICE:
+                await asyncio.sleep(0)
+        return views
 
     def _reasons(self, jobs: Iterable[Job]) -> dict[str, Reason]:
         """Why those of the jobs wait that do: by id."""
@@ -702,10 +836,13 @@ class Allocator:
         queued = [job for job in known if job.status is Status.QUEUED]
         return why_each(self._writer.state, queued, self._clock()) if queued else {}
 
-    async def _spec(self, job_id: str) -> JobSpec:
-        if job_id not in self._specs:
-            self._remember(job_id, await asyncio.to_thread(self._ledger.spec, job_id))
-        return self._specs[job_id]
+    async def _specs_of(self, job_ids: Sequence[str]) -> list[JobSpec]:
+        """What was asked for: from memory where it is there, all others in one reading of the ledger."""
+        found = {job_id: self._specs[job_id] for job_id in job_ids if job_id in self._specs}
+        missing = [job_id for job_id in job_ids if job_id not in found]
+        if missing:
+            found |= await asyncio.to_thread(self._ledger.specs, missing)
+        return [found[job_id] for job_id in job_ids]
 
     def _remember(self, job_id: str, spec: JobSpec) -> None:
         self._specs[job_id] = spec

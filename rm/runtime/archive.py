@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rm.store import FileStore, LogChunk, LogFile
+from rm.store import FileStore, LogChunk, LogFile, Tidied
 
+MOST_FOLLOWERS = 500
+"""Calls of `news` that are held at a time, half of what the actor takes: logs must get through beside them."""
 FOLLOW_SLICE_S = 10.0
 """Longest that one read waits for news; the reader asks again."""
 
@@ -21,6 +23,12 @@ class Store:
     def __init__(self, root: str, max_log_bytes: int) -> None:
         self._files = FileStore(Path(root), max_log_bytes)
         self._news: dict[str, asyncio.Event] = {}
+        self._followers = 0
+
+    async def tidy(
+        self, live: set[str], needed: set[str], now: float, keep_s: float, keep_bytes: int
+    ) -> Tidied:
+        return await asyncio.to_thread(self._files.tidy, live, needed, now, keep_s, keep_bytes)
 
     async def has_blobs(self, sha256s: list[str]) -> set[str]:
         return await asyncio.to_thread(self._files.has_blobs, sha256s)
@@ -56,13 +64,22 @@ class Store:
     ) -> LogChunk:
         return await asyncio.to_thread(self._files.read_log, job_id, attempt, rank, stream, offset, max_bytes)
 
-    async def news(self, job_id: str, timeout_s: float) -> None:
-        """Return when any log of the job has grown or closed, or after `timeout_s`."""
+    async def news(self, job_id: str, timeout_s: float) -> bool:
+        """Return when any log of the job has grown or closed, or after `timeout_s`.
+
+        False, and at once, where too many follow logs already: whoever asks then pauses before the next time.
+        """
+        if self._followers >= MOST_FOLLOWERS:
+            return False
         event = self._news.setdefault(job_id, asyncio.Event())
+        self._followers += 1
         try:
             await asyncio.wait_for(event.wait(), min(timeout_s, FOLLOW_SLICE_S))
         except TimeoutError:
             self._news.pop(job_id, None)
+        finally:
+            self._followers -= 1
+        return True
 
     def _tell(self, job_id: str) -> None:
         event = self._news.pop(job_id, None)

@@ -24,6 +24,8 @@ from rm.runtime.workspace import Workspace
 
 REPORT_S = 0.5
 """How often progress is read and passed on."""
+REPORT_BYTES = 64 * 1024
+"""Larger files were not written by `rm.report`, which keeps within it."""
 TAIL_LINES = 20
 _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 """Kinds of exit that are not the fault of user code."""
@@ -168,7 +170,10 @@ class BundleRun:
         news = False
         for rank in range(order.first_rank, order.first_rank + order.local_world):
             try:
-                report = json.loads(self._workspace.report_path(rank).read_text())
+                path = self._workspace.report_path(rank)
+                if path.stat().st_size > REPORT_BYTES:
+                    continue
+                report = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
             news |= rank == 0 and report != self._progress.get(rank)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
-from rm.core.model import TERMINAL, Job, NodeShape, Status
+from rm.core.model import TERMINAL, Gang, Job, NodeShape, Status
 from rm.core.policy import Policy, QueuePolicy
-from rm.errors import InvalidSpec, UnknownJob, UnknownQueue
+from rm.core.records import replace
+from rm.errors import InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
 from rm.ledger import Ledger
+from rm.ledger.codec import encode_spec
 from rm.runtime.writer import Writer
 from rm.spec import JobSpec
 
@@ -21,23 +22,74 @@ COMMIT_S = 0.02
 Make = Callable[[str, int], Job]
 
 
-def draft(
-    spec: JobSpec, policy: Policy, shapes: Sequence[NodeShape], after: tuple[str, ...], now: float
-) -> Make:
-    """What makes the job from its id and number. Raises UnknownQueue, InvalidSpec, Infeasible.
+MOST_STORED_BYTES = 256 * 1024
+"""Of one request, as the ledger stores it. An operating system takes not much more as a command line."""
+MOST_STORED_AT_ONCE_BYTES = 64 * 2**20
+"""Of one submission; each job of an array has a copy."""
 
-    `after`: the jobs that it still has to wait for.
-    """
-    queue = queue_of(spec, policy)
-    gang = spec.resources.gang(shapes)
-    priority = queue.default_priority if spec.priority is None else spec.priority
-    limit_s = time_limit(spec, queue)
 
-    def make(job_id: str, seq: int) -> Job:
-        job = spec.job(job_id, seq, gang, now)
-        return replace(job, queue=queue.name, priority=priority, time_limit_s=limit_s, after=after)
+def stored(specs: Sequence[JobSpec]) -> list[str]:
+    """The requests as the ledger stores them. Raises PayloadTooLarge where that is too much."""
+    texts, total = [], 0
+    for spec in specs:
+        text = encode_spec(spec)
+        if len(text) > MOST_STORED_BYTES:
+            raise PayloadTooLarge(
+                f"{_largest(spec)}: the request takes {len(text) / 1024:.0f} KiB, and at most "
+                f"{MOST_STORED_BYTES // 1024} KiB are kept in the ledger; pass large data in a file of the "
+                "working_dir, or as arguments of a function",
+                field=_largest(spec),
+            )
+        total += len(text) * (spec.array or 1)
+        texts.append(text)
+    if total > MOST_STORED_AT_ONCE_BYTES:
+        raise PayloadTooLarge(
+            f"entries: the requests take {total / 2**20:.0f} MiB in the ledger, and at most "
+            f"{MOST_STORED_AT_ONCE_BYTES // 2**20} MiB go into one step; submit them in parts, or pass large data in "
+            "a file of the working_dir",
+            field="entries",
+        )
+    return texts
 
-    return make
+
+def _largest(spec: JobSpec) -> str:
+    sizes = {
+        "command": sum(map(len, spec.command)),
+        "env": sum(len(key) + len(value) for key, value in spec.env.items()),
+        "runtime_env": len(str(spec.runtime_env)),
+        "after": sum(map(len, spec.after)),
+    }
+    return max(sizes, key=lambda name: sizes[name])
+
+
+class Drafting:
+    """Makes drafts under one policy, for nodes of these shapes, at one moment."""
+
+    def __init__(self, policy: Policy, shapes: Sequence[NodeShape], now: float) -> None:
+        self._policy = policy
+        self._shapes = shapes
+        self._now = now
+        self._gangs: dict[str, Gang] = {}
+        """Thousands of jobs of one submission mostly ask for the same."""
+
+    def draft(self, spec: JobSpec, after: tuple[str, ...]) -> Make:
+        """What makes the job from its id and number. Raises UnknownQueue, InvalidSpec, Infeasible.
+
+        `after`: the jobs that it still has to wait for.
+        """
+        queue = queue_of(spec, self._policy)
+        asked = spec.resources.model_dump_json()
+        gang = self._gangs.get(asked)
+        if gang is None:
+            gang = self._gangs[asked] = spec.resources.gang(self._shapes)
+        priority = queue.default_priority if spec.priority is None else spec.priority
+        limit_s, now = time_limit(spec, queue), self._now
+
+        def make(job_id: str, seq: int) -> Job:
+            job = spec.job(job_id, seq, gang, now)
+            return replace(job, queue=queue.name, priority=priority, time_limit_s=limit_s, after=after)
+
+        return make
 
 
 def queue_of(spec: JobSpec, policy: Policy) -> QueuePolicy:

@@ -3,6 +3,10 @@
 User code writes to plain files on its node, so it never waits for the network; this follows the files and sends
 what is new in bounded batches, one at a time per file, each acknowledged before the next. The store writes by
 offset: a batch sent again after a lost answer changes nothing.
+
+What was acknowledged takes no space on the node any more, but for the last lines, which explain a failure. A rank that
+prints faster than the store takes it in for long loses what is oldest of its backlog, and the log says so: neither the
+rank nor the node's disk waits for the network.
 """
 
 from __future__ import annotations
@@ -24,6 +28,12 @@ log = logging.getLogger("rm.logs")
 BATCH_BYTES = 1 << 20
 LOOK_S = 0.1
 """How often quiet files are looked at."""
+BEHIND_MOST_BYTES = 256 * 2**20
+"""Of one file that wait to be sent; beyond it the older half is given up."""
+KEPT_BYTES = 256 * 1024
+"""Of what was sent, so much stays readable on the node."""
+FORGET_BYTES = 4 * 2**20
+"""Space is given back in pieces of this size."""
 GIVE_UP_S = 60.0
 """How long an unreachable store may hold up the end of a run; then the rest of the log is lost, and said to be."""
 
@@ -77,7 +87,14 @@ class LogShipper:
 
     async def _ship(self, rank: int, stream: str, tail: Tail) -> bool:
         key = rank, stream
-        data = self._unsent.pop(key, b"") or tail.read(BATCH_BYTES)
+        data = self._unsent.pop(key, b"")
+        if not data:
+            if (behind := tail.behind()) > BEHIND_MOST_BYTES:
+                given_up = behind - BEHIND_MOST_BYTES // 2
+                tail.skip(given_up)
+                # The store sees the gap between this and the next batch, and marks it.
+                self._sent[key] = self._sent.get(key, 0) + given_up
+            data = tail.read(BATCH_BYTES)
         if not data:
             return False
         offset = self._sent.get(key, 0)
@@ -86,6 +103,7 @@ class LogShipper:
         await self._call("append_log", rank, stream, offset, data)
         del self._unsent[key]
         self._sent[key] = offset + len(data)
+        tail.forget(KEPT_BYTES, FORGET_BYTES)
         return True
 
     async def _call(self, method: str, rank: int, stream: str, *args: object) -> None:

@@ -5,9 +5,12 @@ User code writes what it likes: nothing here assumes text, lines or a bound on e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
+
+from rm.holes import punch
 
 LINE_LIMIT_CHARS = 2_000
 _COLOURS = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]")
@@ -23,6 +26,7 @@ class Tail:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.offset = 0  # bytes read so far
+        self._forgotten = 0  # where the hole that `forget` has made ends
 
     def read(self, max_bytes: int) -> bytes:
         """The next bytes, `max_bytes` at most, b"" if nothing is new. May end amid a line or a character."""
@@ -36,6 +40,30 @@ class Tail:
             return b""
         self.offset += len(got)
         return got
+
+    def behind(self) -> int:
+        """How many bytes are there and have not been read."""
+        try:
+            return max(0, self.path.stat().st_size - self.offset)
+        except FileNotFoundError:
+            return 0
+
+    def skip(self, count: int) -> None:
+        """Go on as if the next `count` bytes had been read."""
+        self.offset += count
+
+    def forget(self, keep_bytes: int, step_bytes: int) -> None:
+        """Give back the disk space of what was read, but for the last `keep_bytes`, whenever it is `step_bytes`.
+
+        Where the file system can't do that, nothing happens.
+        """
+        end = self.offset - keep_bytes
+        if end - self._forgotten < step_bytes:
+            self._forgotten = min(self._forgotten, max(0, end))  # the file was emptied
+            return
+        with contextlib.suppress(OSError):
+            punch(self.path, self._forgotten, end)
+        self._forgotten = end
 
     @property
     def drained(self) -> bool:

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import repeat
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
@@ -36,6 +38,7 @@ from rm.core.events import (
 )
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
+from rm.core.records import replace
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -43,6 +46,8 @@ from rm.spec import JobSpec
 
 log = logging.getLogger("rm.writer")
 
+AT_ONCE = 500
+"""Events of one caller, not submissions, that are one step: others have their turn in between."""
 RETRY_S = 1.0
 """Pause after a failed commit before facts are tried again."""
 ENDED_KEPT = 1_000
@@ -78,12 +83,18 @@ class Writer:
         clock: Callable[[], float],
         execute: Callable[[Iterable[Effect]], None],
         max_pending: int = 100_000,
+        max_pending_per_owner: int = 100_000,
         check: bool = False,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._execute = execute
         self._max_pending = max_pending
+        self._max_pending_per_owner = max_pending_per_owner
+        self._arriving: Counter[str] = Counter()
+        """By owner, jobs in the inbox: those that `state.pending` does not count yet."""
+        # Of its own: however many readers keep the common threads busy, a commit waits for none of them.
+        self._committer = ThreadPoolExecutor(1, "rm-commit")
         self._check = check
         self._inbox: list[Event | _Request] = []
         self._wake = asyncio.Event()
@@ -117,6 +128,7 @@ class Writer:
         while not (self._stopping and not self._inbox):
             await self._wait()
             inbox, self._inbox = self._inbox, []
+            self._arriving.clear()
             try:
                 failed = await self._turn(inbox)
             except Exception as error:  # a bug of ours must not end the writer: nobody could release a GPU
@@ -147,9 +159,12 @@ class Writer:
         await self.request_all([event])
 
     async def request_all(self, events: Iterable[Event]) -> None:
-        """Events whose sender waits until they are durable, all in one step."""
+        """Events whose sender waits until they are durable: all in one step, or in several where they are thousands."""
         loop = asyncio.get_running_loop()
-        await self._ask([_Request(event, loop.create_future()) for event in events])
+        left = list(events)
+        while left:
+            some, left = left[:AT_ONCE], left[AT_ONCE:]
+            await self._ask([_Request(event, loop.create_future()) for event in some])
 
     async def apply_policy(self, policy: Policy, text: str, by: str) -> None:
         """Put other rules in force. Durable, and followed by a cycle under them, when this returns."""
@@ -158,30 +173,50 @@ class Writer:
         event = PolicyChanged(now, policy, by)
         await self._ask([_Request(event, answer, policy=AppliedPolicy(policy, text, by, now))])
 
-    async def submit(self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]]) -> list[str]:
+    async def submit(
+        self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]], spec_texts: Sequence[str] = ()
+    ) -> list[str]:
         """Accept jobs, all or none; returns their ids once they are durable.
 
         A draft is the spec, its idempotency key, and what makes the core's record from an id and its number. For an
         array that makes many records, and the id is that of the array. Appends to the inbox before it first waits:
-        what the caller has just seen in the state still holds then.
+        what the caller has just seen in the state still holds then. `spec_texts`: the specs as the ledger stores them,
+        where that is known. Raises Busy where too many jobs would wait.
         """
-        if len(self.state.pending) + sum(spec.array or 1 for spec, _, _ in drafts) > self._max_pending:
-            raise Busy(
-                f"{len(self.state.pending)} jobs are waiting and at most {self._max_pending} may "
-                "(RM_MAX_PENDING); submit again when some have started"
-            )
+        new: Counter[str] = Counter()
+        for spec, _, _ in drafts:
+            new[spec.owner] += spec.array or 1
+        self._require_room(new)
         loop = asyncio.get_running_loop()
         now = self._clock()
         requests, ids = [], []
-        for spec, key, make in drafts:
+        for (spec, key, make), text in zip(drafts, spec_texts or repeat(""), strict=False):
             first = self._next_seq
             self._next_seq += spec.array or 1
             ids.append(f"j{first}")
             for job, own_key in _records(make, first, spec.array, key):
-                accepted = Accepted(job, spec, own_key)
+                accepted = Accepted(job, spec, own_key, text)
                 requests.append(_Request(JobSubmitted(now, job), loop.create_future(), accepted))
+        self._arriving += new
         await self._ask(requests)
         return ids
+
+    def _require_room(self, new: Mapping[str, int]) -> None:
+        """Raises Busy where with these jobs, by owner, too many would wait."""
+        for owner, count in new.items():
+            waiting = self.state.pending.of_owner(owner) + self._arriving[owner]
+            if waiting + count > self._max_pending_per_owner:
+                raise Busy(
+                    f"{waiting} jobs of {owner} are waiting, and with {count} more they would exceed the "
+                    f"{self._max_pending_per_owner} that one owner may have; submit again when some have started, "
+                    "cancel some, let one job do the work of many, or ask for a higher RM_MAX_PENDING_PER_OWNER"
+                )
+        waiting, count = len(self.state.pending) + self._arriving.total(), sum(new.values())
+        if waiting + count > self._max_pending:
+            raise Busy(
+                f"{waiting} jobs are waiting, and with {count} more they would exceed the {self._max_pending} that "
+                "the cluster holds; submit again when some have started, or ask for a higher RM_MAX_PENDING"
+            )
 
     async def changed(self, job_id: str, timeout_s: float) -> None:
         """Return when a commit has changed the job, or a job of the array, or after `timeout_s`."""
@@ -235,7 +270,7 @@ class Writer:
         if rows or changed or usage or policy or cordons:
             batch = Batch(accepted, rows, changed, usage, policy, cordons)
             try:
-                await asyncio.to_thread(self._ledger.commit, batch)
+                await asyncio.get_running_loop().run_in_executor(self._committer, self._ledger.commit, batch)
             except LedgerUnavailable as error:
                 self.broken = str(error)
                 log.error("commit failed, %d events wait: %s", len(inbox), error)  # noqa: TRY400
@@ -346,6 +381,7 @@ class Writer:
                 self.broken = str(error)
                 self._answer_all(requests, error)
                 self._inbox = [each for each in self._inbox if not isinstance(each, _Request)]
+                self._arriving.clear()
                 continue
             break
         old = self.state

@@ -125,6 +125,12 @@ class FakeClient(Client):
         self.views[job_id] = replace(self.on_job(job_id), status="CANCELLED", ended_at=1_700_000_200.0)
         return self.views[job_id]
 
+    def on_cancel_all(self, owner: str, _by: str) -> int:
+        theirs = [each.id for each in self.views.values() if each.owner == owner]
+        for job_id in theirs:
+            self.on_cancel(job_id, _by)
+        return len(theirs)
+
     def on_hold(self, job_id: str, by: str, *, held: bool) -> JobView:
         self.views[job_id] = replace(self.on_job(job_id), held=held, held_by=by if held else "")
         return self.views[job_id]

@@ -258,6 +258,18 @@ def test_cancel_goes_on_after_an_unknown_id(rmctl: Any, fake: FakeClient) -> Non
     assert ran.out.split() == ["j1", "CANCELLED", "j3", "CANCELLED"]
 
 
+def test_all_jobs_of_somebody_are_cancelled_at_once(rmctl: Any, fake: FakeClient) -> None:
+    fake.add(view("j1", owner="bob"), view("j2", owner="ada"), view("j3", owner="bob"))
+    ran = rmctl("cancel", "--all-of", "bob")
+    assert (ran.code, ran.out) == (0, "2 jobs of bob were told to end\n")
+    assert [each.status for each in fake.views.values()] == ["CANCELLED", "RUNNING", "CANCELLED"]
+    assert rmctl("cancel", "--all-of", "eve", "--json").json == {"owner": "eve", "cancelled": 0}
+    for words in ((), ("1", "--all-of", "bob"), ("--all-of", "bob", "--wait")):
+        ran = rmctl("cancel", *words)
+        assert ran.code == 2
+        assert "--all-of" in ran.err or "--wait" in ran.err
+
+
 @pytest.mark.parametrize(
     ("status", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 1), ("TIMED_OUT", 1)]
 )

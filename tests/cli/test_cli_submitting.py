@@ -87,7 +87,7 @@ def test_requirements_files_are_read_here(rmctl: Any, fake: FakeClient, tmp_path
         (("-g", "1", "--strategy", "TIGHT", "x"), "STRICT_PACK"),
         (("-g", "1", "--priority", "urgent", "x"), "low, normal, high"),
         (("-g", "1", "--after", "yesterday", "x"), "after: must be job ids such as 'j17', not 'yesterday'"),
-        (("-g", "1", "--array", "0", "x"), "array: must be from 1 to 10000, not 0"),
+        (("-g", "1", "--array", "0", "x"), "array: must be from 1 to 5000, not 0"),
         (("-g", "1", "--min-nodes", "1", "x"), "min_nodes=1 needs a nodes="),
         (("-g", "1", "--min-runtime", "a bit", "x"), "min_runtime: must be a duration"),
         (("-g", "1", "--queue", "a b", "x"), "queue: must be a queue's name"),

@@ -34,6 +34,22 @@ def looked_at(*jobs: Job) -> tuple[list[str], dict[str, Reason | None]]:
     return started, {event.job_id: event.reason for event in events if isinstance(event, AvailabilityChecked)}
 
 
+def test_reasons_are_written_down_some_in_each_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cycle, "CHECKS", 2)
+    fake = FakeCluster(now=0.0)
+    fake.add_node("n", 1)
+    for number in range(1, 7):
+        fake.state.apply(JobSubmitted(0.0, waiting(f"j{number}", number, 1, None)))
+    seen = []
+    for turn in range(4):
+        events = cycle.schedule(fake.state, fake.now + turn).events
+        seen.append([each.job_id for each in events if isinstance(each, AvailabilityChecked) and each.reason])
+        assert (fake.state.wake_at is not None) == (turn < 2), "it goes on by itself"
+        for event in events:
+            fake.state.apply(event)
+    assert seen == [["j2", "j3"], ["j4", "j5"], ["j6"], []], "who starts does not wait for it"
+
+
 def test_who_would_end_in_time_but_was_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [
         waiting("head", 2, 5, None), waiting("long", 3, 1, 500.0), waiting("soon", 4, 1, 20.0),

@@ -210,6 +210,32 @@ class TestReport:
         context.report(step=1, anything=object())
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_is_reported_is_bounded(self, report_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        context.report(**{f"m{number}": number for number in range(context.MOST_METRICS)})
+        context.report(text="x" * 10**6, late=1, m0="y" * 10**6)
+        context._reporter.flush()
+        metrics = metrics_in(report_file)
+        assert len(metrics) == context.MOST_METRICS
+        assert metrics["m0"] == "y" * context.MOST_CHARS, "known ones go on"
+        assert "late" not in metrics
+        assert capsys.readouterr().err == f"rm: only the first {context.MOST_METRICS} metrics are kept\n"
+
+    def test_checkpoints_without_end_are_written_now_and_then(
+        self, report_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [1000.0]
+        monkeypatch.setattr(context.time, "monotonic", lambda: now[0])
+        written: list[float] = []
+        monkeypatch.setattr(context, "_replace_text", lambda *_: written.append(now[0]))
+        context.report(step=1)
+        assert written == [1000.0]
+        context.checkpointed()
+        assert written == [1000.0] * 2, "the first is told at once, whatever was written before"
+        for _ in range(10_000):
+            now[0] += 0.0001
+            context.checkpointed()
+        assert len(written) <= 2 + 1 / context.WRITE_INTERVAL_S + 1
+
     def test_the_first_is_written_at_once(self, report_file: Path) -> None:
         before = time.time()
         context.report(step=1, total=10, loss=2.5, phase="warm-up", best=True, note=None)

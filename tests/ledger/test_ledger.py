@@ -54,6 +54,26 @@ def test_the_newest_time_is_that_of_the_latest_events_and_of_the_use(ledger: Led
     assert ledger.newest() == 1500.5
 
 
+def test_the_requests_of_many_jobs_in_one_reading(ledger: Ledger) -> None:
+    ledger.commit(submission(1, name="first"))
+    ledger.commit(submission(2, name="second"))
+    assert {job_id: spec.name for job_id, spec in ledger.specs(["j2", "j1", "j3"]).items()} == {
+        "j1": "first",
+        "j2": "second",
+    }
+    assert ledger.specs([]) == {}
+
+
+def test_the_blobs_that_live_jobs_need(ledger: Ledger) -> None:
+    payload, code, gone = "a" * 64, "b" * 64, "c" * 64
+    ledger.commit(submission(1, kind="function", payload_sha256=payload, working_dir_sha256=code))
+    ledger.commit(submission(2, kind="function", payload_sha256=gone))
+    ledger.commit(submission(*range(3, 2_200)))
+    ledger.commit(submission(2_200, working_dir_sha256="d" * 64))
+    ledger.commit(Batch(changed=[ended(make_job(2))]))
+    assert ledger.blobs_of_live_jobs() == {payload, code, "d" * 64}
+
+
 def test_the_key_is_drawn_once(opened: Open, url: str) -> None:
     ledger = opened(url)
     key = ledger.key

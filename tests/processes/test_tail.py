@@ -102,3 +102,35 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
     tail = Tail(path)
     assert len(tail.read(1000)) == 1000
     assert time.monotonic() - began < 5
+
+
+def test_what_was_read_is_forgotten_but_for_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    tail = Tail(path)
+    content = bytes(range(256)) * 16 * 256  # 1 MiB
+    path.write_bytes(content)
+    while tail.read(100_000):
+        tail.forget(64 * 1024, 128 * 1024)
+    assert path.stat().st_size == len(content), "everything keeps its place"
+    assert path.stat().st_blocks * 512 <= (64 + 128) * 1024 + 3 * 4096
+    assert path.read_bytes()[-64 * 1024 :] == content[-64 * 1024 :]
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert tail.behind() == 4
+    assert tail.read(100) == b"more"
+    path.write_bytes(b"")  # emptied by its program
+    assert tail.read(100) == b""
+    path.write_bytes(b"anew")
+    assert tail.read(100) == b"anew"
+    tail.forget(1, 1)
+    assert path.read_bytes()[-1:] == b"w"
+
+
+def test_a_backlog_can_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"0123456789")
+    tail = Tail(path)
+    assert tail.behind() == 10
+    tail.skip(7)
+    assert tail.read(100) == b"789"
+    assert Tail(tmp_path / "none").behind() == 0

@@ -13,10 +13,10 @@ from test_writer import draft as plain_draft
 from rm.core.events import RunExited, StopRequested
 from rm.core.model import Job, NodeShape, Outcome, Status, StopCause
 from rm.core.policy import Policy, QueuePolicy
-from rm.errors import Infeasible, InvalidSpec, UnknownJob, UnknownQueue
-from rm.runtime.drafts import Dependencies, draft
+from rm.errors import Infeasible, InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
+from rm.runtime.drafts import MOST_STORED_BYTES, Dependencies, Drafting, stored
 from rm.runtime.writer import Writer
-from rm.spec import build_spec
+from rm.spec import JobSpec, build_spec
 
 SHAPES = (NodeShape(8, 64_000, 2**36, most=2),)
 POLICY = Policy(
@@ -32,7 +32,38 @@ POLICY = Policy(
 
 def job(policy: Policy = POLICY, **fields: Any) -> Job:
     spec = build_spec(**{"kind": "command", "command": ("true",), "num_gpus": 1, "owner": "ada", **fields})
-    return draft(spec, policy, SHAPES, spec.after, 5.0)("j1", 1)
+    return Drafting(policy, SHAPES, 5.0).draft(spec, spec.after)("j1", 1)
+
+
+def asked(**fields: Any) -> JobSpec:
+    return build_spec(**{"kind": "command", "command": ("true",), "num_gpus": 1, "owner": "ada", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"command": ("echo", "x" * MOST_STORED_BYTES)}, "command"),
+        ({"env": {"DATA": "x" * MOST_STORED_BYTES}}, "env"),
+        ({"runtime_env": {"pip": ["x" * 1000] * 300}}, "runtime_env"),
+        ({"after": tuple(range(10**8, 10**8 + 30_000))}, "after"),
+    ],
+)
+def test_a_request_too_large_for_the_ledger_names_its_largest_part(
+    fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(PayloadTooLarge, match=f"^{named}: the request takes .* at most 256 KiB") as caught:
+        stored([asked(), asked(**fields)])
+    assert caught.value.field == named
+    assert "xxx" not in str(caught.value)
+
+
+def test_a_submission_too_large_for_the_ledger_counts_each_job_of_an_array() -> None:
+    large = {"env": {"DATA": "x" * 200_000}}
+    assert len(stored([asked(array=300, **large)])) == 1
+    with pytest.raises(PayloadTooLarge, match="entries: the requests take 76 MiB"):
+        stored([asked(array=400, **large)])
+    with pytest.raises(PayloadTooLarge, match="submit them in parts"):
+        stored([asked(**large)] * 400)
 
 
 def test_what_is_not_said_comes_from_the_queue() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ class World:
 
 
 def draft(key: str, gpus: int = 1, **fields: Any) -> tuple[JobSpec, str, Any]:
-    spec = build_spec(kind=Kind.COMMAND, command=("true",), num_gpus=gpus, owner="a", **fields)
+    spec = build_spec(
+        **{"kind": Kind.COMMAND, "command": ("true",), "num_gpus": gpus, "owner": "a", **fields}
+    )
     gang = Gang(Bundle(gpus * GPU_UNIT))
     return spec, key, lambda job_id, seq: spec.job(job_id, seq, gang, 0.0)
 
@@ -213,6 +216,58 @@ def test_a_bound_on_what_waits(tmp_path: Path) -> None:
             await writer.submit([draft("more", 100)])
 
     with_writer(tmp_path, body, max_pending=10)
+
+
+def test_one_owner_can_not_take_up_everybodys_place(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        await writer.submit([draft(f"k{i}", 100) for i in range(3)])
+        # What is on its way counts: neither call has been decided on when the other is made.
+        both = await asyncio.gather(
+            writer.submit([draft("b1", 100), draft("b2", 100)]),
+            writer.submit([draft("c1", 100)]),
+            return_exceptions=True,
+        )
+        assert both[0] == ["j4", "j5"]
+        assert isinstance(both[1], Busy)
+        assert str(both[1]).startswith(
+            "5 jobs of a are waiting, and with 1 more they would exceed the 5 that one owner"
+        )
+        assert "RM_MAX_PENDING_PER_OWNER" in str(both[1]), "the way out"
+        await writer.submit([draft("d", 100, owner="b")])
+        with pytest.raises(Busy):
+            await writer.submit([draft("array", 100, array=5, owner="b")])
+        await writer.request(StopRequested(0.0, "j1", StopCause.CANCELLED))
+        await writer.submit([draft("e", 100)])
+
+    with_writer(tmp_path, body, max_pending_per_owner=5)
+
+
+def test_a_job_that_is_being_committed_is_counted_once(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        first = asyncio.create_task(writer.submit([draft(f"k{i}", 100) for i in range(3)]))
+        while not len(writer.state.pending):
+            await asyncio.sleep(0)
+        assert not first.done(), "its commit is under way"
+        await writer.submit([draft("more", 100), draft("and more", 100)])
+        await first
+
+    with_writer(tmp_path, body, max_pending=5, max_pending_per_owner=5)
+
+
+def test_no_commit_waits_for_readers(tmp_path: Path) -> None:
+    """However many read the ledger or make estimates: the threads that they share are not the writer's."""
+
+    async def body(writer: Writer, world: World, ledger: Flaky) -> None:
+        over = threading.Event()
+        readers = [asyncio.create_task(asyncio.to_thread(over.wait, 60)) for _ in range(100)]
+        await asyncio.sleep(0)
+        try:
+            assert await asyncio.wait_for(writer.submit([draft("a")]), 20) == ["j1"]
+        finally:
+            over.set()
+            await asyncio.gather(*readers)
+
+    with_writer(tmp_path, body)
 
 
 def test_a_broken_event_does_not_stop_the_writer(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rm import holes
 from rm.store import FileStore, LogChunk, LogFile
 
 LOG = ("j1", 1, 0, "out")
@@ -32,9 +33,17 @@ def store(root: Path) -> FileStore:
 def kept(store: FileStore) -> bytes:
     """The log as a reader gets it, in small pieces."""
     offset, pieces = 0, []
-    while chunk := store.read_log(*LOG, offset, 7).data:
-        pieces.append(chunk)
-        offset += len(chunk)
+    while (chunk := store.read_log(*LOG, offset, 7)).data:
+        pieces.append(chunk.data)
+        offset = chunk.next_offset
+    return b"".join(pieces)
+
+
+def kept_in_large_pieces(store: FileStore) -> bytes:
+    offset, pieces = 0, []
+    while (chunk := store.read_log(*LOG, offset, 2**20)).data:
+        pieces.append(chunk.data)
+        offset = chunk.next_offset
     return b"".join(pieces)
 
 
@@ -95,7 +104,8 @@ def test_however_a_sender_repeats_itself_the_log_is_what_was_printed(
 )
 def test_whatever_is_lost_or_too_much_is_said_to_be(batches: list[tuple[int, bytes]], limit: int) -> None:
     """Batches with gaps before them, each sent twice: kept, lost and dropped bytes add up to what was printed."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holes, "works", lambda _: False)
         store = FileStore(Path(directory), limit)
         offset = 0
         for gap, printed in batches:
@@ -114,6 +124,37 @@ def test_whatever_is_lost_or_too_much_is_said_to_be(batches: list[tuple[int, byt
         newlines = len(re.findall(rb"\n\[rm:", log.data))  # ours, or the output's own
         assert 0 <= len(own) + lost + sum(map(int, dropped)) - offset <= newlines
         assert len(log.data) <= limit + 200
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.binary(min_size=1, max_size=90), max_size=30), st.integers(20, 400))
+def test_of_a_long_log_the_beginning_and_the_end_are_kept(batches: list[bytes], limit: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        printed = b""
+        for batch in batches:
+            data = batch.replace(b"[", b"(")
+            for _ in range(2):
+                # A new store each time: nothing is remembered outside the files.
+                FileStore(Path(directory), limit).append_log(*LOG, len(printed), data)
+            printed += data
+        store = FileStore(Path(directory), limit)
+        log = kept(store)
+        if len(printed) <= limit:
+            assert log == printed
+            return
+        note = re.search(rb"\n?\[rm: (\d+) bytes of output were cut out here: [^\n]*\]\n", log)
+        if note is None:
+            assert log == printed, "what is cut is said"
+            assert len(log) <= limit + limit // 16, "it is cut soon"
+            return
+        head, cut, tail = log[: note.start()], int(note[1]), log[note.end() :]
+        assert len(head) in (limit // 2, limit // 2 - 1), "a newline at its end is the note's"
+        assert printed.startswith(head)
+        assert printed.endswith(tail)
+        assert limit // 2 + cut + len(tail) == len(printed)
+        assert limit - limit // 2 <= len(tail) <= limit - limit // 2 + limit // 16
+        (listed,) = store.logs("j1")
+        assert listed.size == limit // 2 + len(tail)
 
 
 # --- gaps --------------------------------------------------------------------------------------------------
@@ -171,7 +212,49 @@ def test_a_position_that_a_crash_cut_off_is_done_without(store: FileStore, root:
 # --- the limit ---------------------------------------------------------------------------------------------
 
 
-def test_beyond_the_limit_output_is_counted_and_not_kept(store: FileStore, root: Path) -> None:
+def test_what_is_cut_out_takes_no_space(root: Path) -> None:
+    limit = 2**20
+    store = FileStore(root, limit)
+    batch = b"x" * 1023 + b"\n"
+    for number in range(16):
+        store.append_log(*LOG, number * limit, batch * 1024)
+    store.append_log(*LOG, 16 * limit, b"the last line\n")
+    on_disk = log_path(root).stat().st_blocks * 512
+    assert on_disk <= limit + limit // 16 + 3 * 4096, "head, tail and what waits to be cut"
+    text = kept_in_large_pieces(store)
+    assert text.endswith(b"the last line\n")
+    assert b"bytes of output were cut out here" in text
+    assert b"\0" not in text, "no hole is ever read"
+
+
+def test_a_reader_in_the_midst_of_a_log_that_is_being_cut_gets_no_zeros(root: Path) -> None:
+    limit = 64 * 1024
+    store = FileStore(root, limit)
+    over = threading.Event()
+
+    def write() -> None:
+        for number in range(400):
+            store.append_log(*LOG, number * 8192, b"y" * 8191 + b"\n")
+        over.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    offset = 0
+    while True:
+        done = over.is_set()
+        chunk = store.read_log(*LOG, offset, 16 * 1024)
+        assert b"\0" not in chunk.data
+        offset = chunk.next_offset
+        if done and not chunk.data:
+            break
+    writer.join()
+
+
+def test_without_holes_output_beyond_the_limit_is_counted_and_not_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holes, "works", lambda _: False)
+    store = FileStore(root, LIMIT)
     assert store.append_log(*LOG, 0, b"x" * 999) == 999
     assert store.append_log(*LOG, 999, b"yz\n") == 1002
     assert store.append_log(*LOG, 999, b"yz\n") == 1002
@@ -193,7 +276,7 @@ def test_gaps_without_end_stay_within_the_limit(store: FileStore) -> None:
     for offset in range(1, 400, 2):
         store.append_log(*LOG, offset, b"x")
     store.close_log(*LOG)
-    assert len(kept(store)) < LIMIT + 200
+    assert len(kept(store)) < LIMIT + LIMIT // 16 + 300
 
 
 # --- the end -----------------------------------------------------------------------------------------------
@@ -268,7 +351,8 @@ def test_the_same_batches_sent_by_several_threads(root: Path) -> None:
     assert store.read_log(*LOG, 0, 10**6).data == b"".join(lines)
 
 
-def test_a_reader_that_sees_the_end_has_everything(root: Path) -> None:
+def test_a_reader_that_sees_the_end_has_everything(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holes, "works", lambda _: False)
     for _ in range(50):
         store = FileStore(root, 100)
         log = ("j1", _, 0, "out")

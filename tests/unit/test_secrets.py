@@ -16,7 +16,7 @@ from rm.core.model import Kind, NodeShape
 from rm.core.policy import Policy
 from rm.errors import InvalidSpec
 from rm.ledger import Accepted, Batch, Ledger
-from rm.runtime.drafts import draft
+from rm.runtime.drafts import Drafting
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import RankProcess
 from rm.runtime.writer import _Request
@@ -46,7 +46,7 @@ def test_what_carries_an_environment_does_not_print_it() -> None:
     process = RankProcess(0, ("true",), {"A": SECRET}, "/", "/o", "/e")
     config = Config(ledger_url=f"postgresql://rm:{SECRET}@db/rm")
     shapes = [NodeShape(1, 1000, 0)]
-    job = draft(spec(), Policy(), shapes, (), 0.0)("j1", 1)
+    job = Drafting(Policy(), shapes, 0.0).draft(spec(), ())("j1", 1)
 
     async def request() -> _Request:
         answer = asyncio.get_running_loop().create_future()
