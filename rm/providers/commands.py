@@ -1,0 +1,186 @@
+"""How a node's commands run, and what they find in their environment.
+
+Every command of a node, and all that it starts, carries NODE: the node's mark, by which it is found again and ended
+(`rm.runtime.local_processes`). `ray stop` would end every Ray of the machine, and `ray down` sends it in any case; it
+is replaced by what ends this node's Ray only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+from ray.autoscaler._private.command_runner import SSHCommandRunner
+from ray.autoscaler.command_runner import CommandRunnerInterface
+
+from rm.runtime.local_processes import environment
+
+NODE = "RM_NODE"
+DIRECTORY = "RM_NODE_DIR"
+RAYS_FILES = "~/ray_bootstrap_"
+"""How the files begin that `ray up` brings to a head on its own account."""
+START_HOOK = "RAY_START_HOOK"
+_NODES_OWN = ("RAY_OVERRIDE_", "RAY_CLOUD_INSTANCE_", "RAY_NODE_TYPE_", "RAY_HEAD_IP", "RAY_enable_autoscaler_v2",
+              "CUDA_VISIBLE_DEVICES", "RM_HEAD_", "RM_DASHBOARD_PORT", "RM_CLIENT_PORT")  # fmt: skip
+"""What a node must not inherit from whoever starts it: another node's resources, labels and identity."""
+_RAY_STOP = re.compile(r"(?<![\w./-])ray\s+stop((?:\s+(?:--?[a-z][\w-]*|\d+))*)(?=\s*(?:$|[;&|)\n]))")
+
+
+def without_ray_stop(command: str, instead: str) -> str:
+    """The shell command with every `ray stop` replaced, its options included."""
+    return _RAY_STOP.sub(lambda _: instead, command)
+
+
+def node_environment(mark: str, cluster: Path, node: Path, ports: Mapping[str, int]) -> dict[str, str]:
+    """The environment of a command on a node of this machine.
+
+    `cluster` and `node`: their directories. All that Ray and jobs write without being told where goes below `cluster`
+    and ends with it, the allocator's home included unless RM_HOME says otherwise.
+    """
+    inherited = {
+        name: value for name, value in environment(mark, NODE).items() if not name.startswith(_NODES_OWN)
+    }
+    return {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # Ray's 5 s spare a cloud's API, which there is none of here
+        "RM_HOME": str(cluster / "home"),
+        **inherited,
+        DIRECTORY: str(node),
+        "RAY_TMPDIR": str(cluster),
+        "TMPDIR": str(cluster / "tmp"),
+        START_HOOK: "rm.providers.loopback.share_machine",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}",
+        # In capitals: see rm.runtime.default_cluster.
+        "RM_HEAD_ADDRESS": f"LOCALHOST:{ports.get('gcs', 0)}",
+        "RM_HEAD_PORT": str(ports.get("gcs", 0)),
+        "RM_DASHBOARD_PORT": str(ports.get("dashboard", 0)),
+        "RM_CLIENT_PORT": str(ports.get("client", 0)),
+    }
+
+
+class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
+    """Runs the commands of one node as processes of this machine.
+
+    `surroundings()` is the environment of a command; it raises if no command can run yet. `while_present()` holds off
+    the end of the node until the command has been started, and raises when the node is gone: whatever is started is
+    found when it ends.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        surroundings: Callable[[], dict[str, str]],
+        while_present: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._node_id = node_id
+        self._surroundings = surroundings
+        self._while_present = while_present
+
+    def run(
+        self,
+        cmd: str | None = None,
+        timeout: int = 120,  # noqa: ARG002  for a connection, and there is none
+        exit_on_fail: bool = False,  # noqa: ARG002  what is raised ends the process that asked for it
+        port_forward: object = None,
+        with_output: bool = False,
+        environment_variables: Mapping[str, object] | None = None,
+        run_env: str = "auto",  # noqa: ARG002
+        ssh_options_override_ssh_key: str = "",  # noqa: ARG002
+        shutdown_after_run: bool = False,
+        **_: object,
+    ) -> str:
+        """Run a shell command to its end; what it printed, if `with_output`. ClickException: it failed."""
+        surroundings = self._surroundings()
+        if shutdown_after_run:
+            raise click.ClickException(
+                "this node is a part of your machine, which is not shut down; use `ray down`"
+            )
+        if cmd is None:
+            if port_forward:
+                click.echo("The ports of this node are ports of this machine already.")
+            return ""
+        if cmd == "uptime":  # the question whether the node has booted
+            return ""
+        given = {
+            name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            for name, value in (environment_variables or {}).items()
+        }
+        command = without_ray_stop(cmd, f"{shlex.quote(sys.executable)} -m rm.providers.stop")
+        interactive = (
+            sys.stdin is not None and sys.stdin.isatty() and cmd.startswith(("$SHELL", "tmux", "screen"))
+        )
+        with self._while_present():
+            process = subprocess.Popen(
+                ["bash", "-c", command],
+                env={**surroundings, **given},
+                cwd=None if interactive else surroundings[DIRECTORY],
+                stdin=None if interactive else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if with_output else None,
+                start_new_session=not interactive,  # a Ctrl-C later on must not reach what it leaves running
+            )
+        try:
+            output = process.communicate()[0]
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode:
+            raise click.ClickException(f"on node {self._node_id}, exit code {process.returncode}: {cmd}")
+        return (output or b"").decode(errors="replace")
+
+    def run_rsync_up(self, source: str, target: str, options: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Copy to the node. What already lies where it belongs, on this one machine, stays untouched."""
+        self._copy(source, self._place(target))
+
+    def run_rsync_down(self, source: str, target: str, options: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        self._copy(self._place(source), target)
+
+    def remote_shell_command_str(self) -> str:
+        return "bash"
+
+    def _place(self, path: str) -> str:
+        """Where a path of the node is. Ray's own files are kept apart, since all nodes share one home directory."""
+        if path.startswith(RAYS_FILES):
+            return str(Path(self._surroundings()[DIRECTORY], path.removeprefix("~/")))
+        return path
+
+    def _copy(self, source: str, target: str) -> None:
+        origin, place = Path(source).expanduser(), Path(target).expanduser()
+        if place.exists() and origin.samefile(place):
+            return
+        with self._while_present():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if origin.is_dir():
+                shutil.copytree(origin, place, dirs_exist_ok=True, symlinks=True)
+            else:
+                shutil.copy2(origin, place)
+
+
+class MarkedSSHCommandRunner(SSHCommandRunner):  # type: ignore[misc]
+    """Ray's own runner over ssh, with the node's mark on all that it starts, and without `ray stop`.
+
+    `stop`: the shell command that ends the node's Ray, whose mark is in its environment.
+    """
+
+    def __init__(self, *, mark: str, stop: str, ssh_options: Mapping[str, str], **common: Any) -> None:
+        super().__init__(**common)
+        self._mark, self._stop = mark, stop
+        self.ssh_options.arg_dict.update(ssh_options)
+
+    def run(self, cmd: str | None = None, *args: Any, **options: Any) -> Any:
+        """Run a shell command on the machine to its end."""
+        if cmd:
+            marks = f"export {NODE}={shlex.quote(self._mark)} SPT_NOENV=1; "
+            cmd = marks + without_ray_stop(cmd, self._stop)
+        return super().run(cmd, *args, **options)
