@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ DIRECTORY = "RM_NODE_DIR"
 RAYS_FILES = "~/ray_bootstrap_"
 """How the files begin that `ray up` brings to a head on its own account."""
 START_HOOK = "RAY_START_HOOK"
+SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray takes a node on loopback for one of a system where it allows one node only; `ray start` is told otherwise."""
 _NODES_OWN = ("RAY_OVERRIDE_", "RAY_CLOUD_INSTANCE_", "RAY_NODE_TYPE_", "RAY_HEAD_IP", "RAY_enable_autoscaler_v2",
               "CUDA_VISIBLE_DEVICES", "RM_HEAD_", "RM_DASHBOARD_PORT", "RM_CLIENT_PORT")  # fmt: skip
 """What a node must not inherit from whoever starts it: another node's resources, labels and identity."""
@@ -59,6 +61,7 @@ def node_environment(mark: str, cluster: Path, node: Path, ports: Mapping[str, i
         "RAY_TMPDIR": str(cluster),
         "TMPDIR": str(cluster / "tmp"),
         START_HOOK: "rm.providers.loopback.share_machine",
+        SEVERAL_NODES: "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         # In capitals: see rm.runtime.default_cluster.
         "RM_HEAD_ADDRESS": f"LOCALHOST:{ports.get('gcs', 0)}",
@@ -73,7 +76,7 @@ class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
 
     `surroundings()` is the environment of a command; it raises if no command can run yet. `while_present()` holds off
     the end of the node until the command has been started, and raises when the node is gone: whatever is started is
-    found when it ends.
+    found when it ends. `log`: where to append what commands print; None: to our own output.
     """
 
     def __init__(
@@ -81,10 +84,12 @@ class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
         node_id: str,
         surroundings: Callable[[], dict[str, str]],
         while_present: Callable[[], AbstractContextManager[object]],
+        log: Path | None = None,
     ) -> None:
         self._node_id = node_id
         self._surroundings = surroundings
         self._while_present = while_present
+        self._log = log
 
     def run(
         self,
@@ -109,6 +114,10 @@ class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
             if port_forward:
                 click.echo("The ports of this node are ports of this machine already.")
             return ""
+        if (
+            "/tmp/ray/session_latest" in cmd
+        ):  # `ray monitor` supposes that Ray's files are where they are by default
+            cmd = cmd.replace("/tmp/ray/session_latest", "$RAY_TMPDIR/ray/session_latest")
         if cmd == "uptime":  # the question whether the node has booted
             return ""
         given = {
@@ -119,13 +128,15 @@ class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
         interactive = (
             sys.stdin is not None and sys.stdin.isatty() and cmd.startswith(("$SHELL", "tmux", "screen"))
         )
-        with self._while_present():
+        with ExitStack() as opened, self._while_present():
+            log = opened.enter_context(self._log.open("ab")) if self._log else None
             process = subprocess.Popen(
                 ["bash", "-c", command],
                 env={**surroundings, **given},
                 cwd=None if interactive else surroundings[DIRECTORY],
                 stdin=None if interactive else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if with_output else None,
+                stdout=subprocess.PIPE if with_output else log,
+                stderr=log,
                 start_new_session=not interactive,  # a Ctrl-C later on must not reach what it leaves running
             )
         try:
@@ -136,7 +147,8 @@ class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
             process.wait()
             raise
         if process.returncode:
-            raise click.ClickException(f"on node {self._node_id}, exit code {process.returncode}: {cmd}")
+            see = f", see {self._log}" if self._log else ""
+            raise click.ClickException(f"on node {self._node_id}, exit code {process.returncode}{see}: {cmd}")
         return (output or b"").decode(errors="replace")
 
     def run_rsync_up(self, source: str, target: str, options: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002

@@ -140,8 +140,11 @@ class LocalNodeProvider(RosteredProvider):
         return ADDRESS
 
     def get_command_runner(self, log_prefix: str, node_id: str, *_: Any, **__: Any) -> CommandRunnerInterface:  # noqa: ARG002
+        """What workers print goes to Ray's logs: the autoscaler, which runs their commands, has no terminal."""
+        logs = self._directory / "ray" / "session_latest" / "logs"
+        own_log = None if self._is_head(node_id) or not logs.exists() else logs / f"node-{node_id}.log"
         return ProcessCommandRunner(
-            node_id, partial(self._surroundings, node_id), partial(self._while_present, node_id)
+            node_id, partial(self._surroundings, node_id), partial(self._while_present, node_id), own_log
         )
 
     def _surroundings(self, node_id: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's default is a third of the machine's memory, for each node."""
 
@@ -19,6 +20,9 @@ def share_machine(params: Any, head: bool) -> None:  # noqa: ARG001  what Ray ca
     `params`: Ray's own `RayParams`. `ray start --node-ip-address=127.0.0.1` would not do: Ray replaces that by the
     machine's outward address.
     """
+    os.environ[SEVERAL_NODES] = (
+        "0"  # from here on: all that it does on Linux is that drivers take 127.0.0.1 at its word
+    )
     params.node_ip_address = "127.0.0.1"
     params.node_name = os.environ.get("RAY_CLOUD_INSTANCE_ID") or "127.0.0.1"
     params.min_worker_port = params.max_worker_port = 0
