@@ -20,9 +20,8 @@ def share_machine(params: Any, head: bool) -> None:  # noqa: ARG001  what Ray ca
     `params`: Ray's own `RayParams`. `ray start --node-ip-address=127.0.0.1` would not do: Ray replaces that by the
     machine's outward address.
     """
-    os.environ[SEVERAL_NODES] = (
-        "0"  # from here on: all that it does on Linux is that drivers take 127.0.0.1 at its word
-    )
+    # For what `ray start` leaves running. All that it does there, on Linux: drivers take 127.0.0.1 at its word.
+    os.environ[SEVERAL_NODES] = "0"
     params.node_ip_address = "127.0.0.1"
     params.node_name = os.environ.get("RAY_CLOUD_INSTANCE_ID") or "127.0.0.1"
     params.min_worker_port = params.max_worker_port = 0
