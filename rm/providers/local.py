@@ -12,7 +12,6 @@ least that of the cluster, and `ray down` ends both.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 from pydantic import Field
 from ray._common.utils import get_ray_address_file
 from ray.autoscaler.command_runner import CommandRunnerInterface
@@ -34,10 +34,8 @@ from rm.providers.commands import NODE, ProcessCommandRunner, node_environment
 from rm.providers.options import Options
 from rm.providers.roster import FILE, RosterFile, locked
 from rm.providers.rostered import RosteredProvider, is_head, refuse
-from rm.runtime.default_cluster import become_default, forget_default
+from rm.runtime.default_cluster import become_default, default_name, forget_default
 from rm.runtime.local_processes import end, free_port, is_free
-
-log = logging.getLogger("rm.providers.local")
 
 ADDRESS = "127.0.0.1"
 PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001}
@@ -161,13 +159,16 @@ class LocalNodeProvider(RosteredProvider):
         return node is not None and is_head(node)
 
     def _announce(self) -> None:
-        """Make this the machine's default cluster, unless another one runs."""
+        """Make this the machine's default cluster, unless another one runs; and say how to use it in any case."""
+        file = Path(get_ray_address_file(None))
         with self._file.changing() as roster:
             address = f"{ADDRESS}:{roster.ports['gcs']}"
-            roster.default_file = (
-                become_default(address, Path(get_ray_address_file(None))) or roster.default_file
-            )
-        log.info("the cluster is at %s", address)
+            roster.default_file = become_default(address, file) or roster.default_file
+        click.echo(
+            "\nIn every shell that is to use this cluster, if others run on this machine:\n"
+            f"  export RAY_ADDRESS={default_name(address)}\n"
+            f"  export RAY_API_SERVER_ADDRESS=http://{ADDRESS}:{roster.ports['dashboard']}"
+        )
 
     def _choose_ports(self) -> dict[str, int]:
         """Ports for the head that nothing listens on and no other cluster of this user has. Under the base's lock."""

@@ -98,7 +98,8 @@ class RosteredProvider(NodeProvider):  # type: ignore[misc]
 
 
 def is_head(node: Node) -> bool:
-    return node.tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD
+    """Whether the node is the head."""
+    return bool(node.tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD)
 
 
 def refuse(category: str, message: str) -> None:
