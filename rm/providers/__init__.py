@@ -5,6 +5,7 @@ Nothing else of this package imports it.
 
     local, onprem       the providers
     commands            how a node's commands run: as a local process, over ssh
+    surroundings        what a command of a node finds around it
     roster, rostered    which nodes there are, in a file that all these processes share; a provider that lives by it
     options             the `provider` section of the cluster's YAML, checked
     loopback            what a Ray node that shares its machine with others must do differently

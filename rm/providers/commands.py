@@ -1,15 +1,13 @@
-"""How a node's commands run, and what they find in their environment.
+"""How a node's commands run: as processes of this machine, or over ssh.
 
-Every command of a node, and all that it starts, carries NODE: the node's mark, by which it is found again and ended
-(`rm.runtime.local_processes`). `ray stop` would end every Ray of the machine, and `ray down` sends it in any case; it
-is replaced by what ends this node's Ray only.
+All that they start carries the node's mark. `ray stop` would end every Ray of the machine, and `ray down` sends it in
+any case; it is replaced by what ends this node's Ray only.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,51 +22,10 @@ import click
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler.command_runner import CommandRunnerInterface
 
-from rm.runtime.local_processes import environment
+from rm.providers.surroundings import DIRECTORY, NODE, without_ray_stop
 
-NODE = "RM_NODE"
-DIRECTORY = "RM_NODE_DIR"
 RAYS_FILES = "~/ray_bootstrap_"
 """How the files begin that `ray up` brings to a head on its own account."""
-START_HOOK = "RAY_START_HOOK"
-SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray takes a node on loopback for one of a system where it allows one node only; `ray start` is told otherwise."""
-_NODES_OWN = ("RAY_OVERRIDE_", "RAY_CLOUD_INSTANCE_", "RAY_NODE_TYPE_", "RAY_HEAD_IP", "RAY_enable_autoscaler_v2",
-              "CUDA_VISIBLE_DEVICES", "RM_HEAD_", "RM_DASHBOARD_PORT", "RM_CLIENT_PORT")  # fmt: skip
-"""What a node must not inherit from whoever starts it: another node's resources, labels and identity."""
-_RAY_STOP = re.compile(r"(?<![\w./-])ray\s+stop((?:\s+(?:--?[a-z][\w-]*|\d+))*)(?=\s*(?:$|[;&|)\n]))")
-
-
-def without_ray_stop(command: str, instead: str) -> str:
-    """The shell command with every `ray stop` replaced, its options included."""
-    return _RAY_STOP.sub(lambda _: instead, command)
-
-
-def node_environment(mark: str, cluster: Path, node: Path, ports: Mapping[str, int]) -> dict[str, str]:
-    """The environment of a command on a node of this machine.
-
-    `cluster` and `node`: their directories. All that Ray and jobs write without being told where goes below `cluster`
-    and ends with it, the allocator's home included unless RM_HOME says otherwise.
-    """
-    inherited = {
-        name: value for name, value in environment(mark, NODE).items() if not name.startswith(_NODES_OWN)
-    }
-    return {
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # Ray's 5 s spare a cloud's API, which there is none of here
-        "RM_HOME": str(cluster / "home"),
-        **inherited,
-        DIRECTORY: str(node),
-        "RAY_TMPDIR": str(cluster),
-        "TMPDIR": str(cluster / "tmp"),
-        START_HOOK: "rm.providers.loopback.share_machine",
-        SEVERAL_NODES: "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}",
-        # In capitals: see rm.runtime.default_cluster.
-        "RM_HEAD_ADDRESS": f"LOCALHOST:{ports.get('gcs', 0)}",
-        "RM_HEAD_PORT": str(ports.get("gcs", 0)),
-        "RM_DASHBOARD_PORT": str(ports.get("dashboard", 0)),
-        "RM_CLIENT_PORT": str(ports.get("client", 0)),
-    }
 
 
 class ProcessCommandRunner(CommandRunnerInterface):  # type: ignore[misc]

@@ -13,7 +13,6 @@ least that of the cluster, and `ray down` ends both.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -30,17 +29,17 @@ from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.tags import NODE_KIND_HEAD, STATUS_UP_TO_DATE, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
 
 from rm.errors import ClusterError, InvalidSpec
-from rm.providers.commands import NODE, ProcessCommandRunner, node_environment
-from rm.providers.options import Options
+from rm.providers.commands import ProcessCommandRunner
+from rm.providers.options import Options, check_name
 from rm.providers.roster import FILE, RosterFile, locked
 from rm.providers.rostered import RosteredProvider, is_head, refuse
+from rm.providers.surroundings import NODE, node_environment
 from rm.runtime.default_cluster import become_default, default_name, forget_default
 from rm.runtime.local_processes import end, free_port, is_free
 
 ADDRESS = "127.0.0.1"
 PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001}
 """What the head listens on, and the port where people look for it; another one where that is taken."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.99"
 _SOCKET_LIMIT = 107
 Port = Annotated[int, Field(gt=0, lt=65536)]
@@ -192,10 +191,7 @@ def base_directory(given: str) -> Path:
 
 def cluster_directory(base: Path, name: str) -> Path:
     """The directory of one cluster. InvalidSpec: `name` is no name for one, or too long."""
-    if not _NAME.fullmatch(name):
-        raise InvalidSpec(
-            f"cluster_name: {name!r} must be letters, digits, '.', '_' and '-'", field="cluster_name"
-        )
+    check_name(name)
     room = _SOCKET_LIMIT - len(os.fsencode(f"{base}/{_SOCKET}"))
     if len(name) > room:
         raise InvalidSpec(

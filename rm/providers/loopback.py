@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+from rm.providers.surroundings import SEVERAL_NODES
+
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's default is a third of the machine's memory, for each node."""
 

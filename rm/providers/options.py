@@ -5,6 +5,7 @@ Ray hands the section over as it stands, together with fields of its own (`RAYS`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
@@ -18,6 +19,7 @@ RAYS = frozenset({"type", "module", "cache_stopped_nodes", "disable_node_updater
                   "worker_liveness_check", "worker_rpc_drain"})  # fmt: skip
 """Fields of the section that are Ray's. Those that begin with an underscore are too."""
 NO_CAPACITY = "NoCapacity"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -110,3 +112,11 @@ class Options(BaseModel):
                 f"{node_type}: {count} asked for, {there} of {most} are in use (provider.capacity)",
             )
         return None
+
+
+def check_name(name: str) -> None:
+    """InvalidSpec: `name` is no name for a cluster, whose directory has it."""
+    if not _NAME.fullmatch(name):
+        raise InvalidSpec(
+            f"cluster_name: {name!r} must be letters, digits, '.', '_' and '-'", field="cluster_name"
+        )

@@ -13,9 +13,8 @@ import sys
 import psutil
 
 from rm.errors import ClusterError
+from rm.providers.surroundings import NODE
 from rm.runtime.local_processes import end
-
-NODE = "RM_NODE"
 
 
 def main(words: list[str] | None = None) -> int:
