@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,32 @@ from rm.providers.surroundings import NODE
 from rm.runtime.local_processes import free_port, members
 
 REPO = Path(__file__).resolve().parents[2]
+DRIVER = """
+import json, sys, time, ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.util.placement_group import placement_group, remove_placement_group
+from rm.runtime.attach import attach
+
+def nodes():
+    return {n["NodeName"]: [n["Resources"].get("GPU", 0), n["Labels"].get("ray.io/accelerator-type")]
+            for n in ray.nodes() if n["Alive"]}
+
+def alone(timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while len(nodes()) > 1:
+        assert time.monotonic() < deadline, nodes()
+        time.sleep(0.2)
+
+address = attach(sys.argv[1])
+"""
+
+
+def drive(address: str, code: str, environment: Mapping[str, str]) -> Any:
+    """Run a driver on the cluster; what it printed last, as JSON."""
+    words = [sys.executable, "-c", DRIVER + textwrap.dedent(code), address]
+    done = subprocess.run(words, env=dict(environment), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class LocalCluster:

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import sys
-import textwrap
 from typing import Any
 
 import pytest
-from local_cluster import LocalCluster, local_cluster
+from local_cluster import DRIVER, LocalCluster, local_cluster
+from local_cluster import drive as run_driver
 from probes import wait_until
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(400), pytest.mark.xdist_group("local_cluster")]
 
-DRIVER = """
-import json, sys, time, ray
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.util.placement_group import placement_group, remove_placement_group
-from rm.runtime.attach import attach
-
-def nodes():
-    return {n["NodeName"]: [n["Resources"].get("GPU", 0), n["Labels"].get("ray.io/accelerator-type")]
-            for n in ray.nodes() if n["Alive"]}
-
-def alone(timeout_s=90):
-    deadline = time.monotonic() + timeout_s
-    while len(nodes()) > 1:
-        assert time.monotonic() < deadline, nodes()
-        time.sleep(0.2)
-
-address = attach(sys.argv[1])
-"""
-
 
 def drive(cluster: LocalCluster, code: str, **environment: str) -> Any:
-    """Run a driver on the cluster; what it printed last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER + textwrap.dedent(code), cluster.address],
-        env={**cluster.environment, **environment},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return run_driver(cluster.address, code, {**cluster.environment, **environment})
 
 
 def test_a_waiting_group_brings_a_node_that_goes_again_and_nothing_is_left() -> None:
