@@ -257,6 +257,10 @@ class OnPremNodeProvider(RosteredProvider):
 
     def _runner(self, node_id: str, auth: Mapping[str, Any], log_prefix: str = "") -> MarkedSSHCommandRunner:
         port = parse_machine(self._machine(node_id))[1] if node_id else SSH_PORT
+        if key := auth.get(
+            "ssh_private_key"
+        ):  # for ssh itself "~" is not HOME but what the user database says
+            auth = {**auth, "ssh_private_key": str(Path(key).expanduser())}
         return MarkedSSHCommandRunner(
             mark=self._mark(node_id),
             stop=self._stop_command,

@@ -229,7 +229,8 @@ def test_machines_over_ssh_grow_shrink_and_end() -> None:
             shared = f"export RAY_START_HOOK=rm.providers.loopback.share_machine RAY_TMPDIR={directory}/ray"
             one = f"{shared} RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 AUTOSCALER_UPDATE_INTERVAL_S=1"
             start = "ray start --include-dashboard=false --include-log-monitor=false"
-            flags = f"--port={gcs} --ray-client-server-port={free_port()} --autoscaling-config=~/ray_bootstrap_config.yaml"
+            flags = f"--port={gcs} --ray-client-server-port={free_port()}"
+            flags += " --autoscaling-config=~/ray_bootstrap_config.yaml"
             config["head_start_ray_commands"] = ["ray stop", f"{one}; {start} --head {flags}"]
             config["worker_start_ray_commands"] = ["ray stop", f"{one}; ray start --address=LOCALHOST:{gcs}"]
             file = directory / "c.yaml"
@@ -264,6 +265,10 @@ def test_machines_over_ssh_grow_shrink_and_end() -> None:
                 ray("down", "-y", str(file))
                 assert not members(mark, NODE)
                 assert stranger.poll() is None
+            except BaseException:
+                for log in sorted((directory / "ray/ray/session_latest/logs").glob("monitor.*")):
+                    print(log.name, log.read_text()[-6000:])
+                raise
             finally:
                 stranger.kill()
                 stranger.wait()
