@@ -160,7 +160,7 @@ def test_token_authentication_reaches_every_node() -> None:
 
 @pytest.mark.long
 @pytest.mark.torch
-def test_the_judged_path() -> None:
+def test_a_job_brings_its_node_trains_and_nothing_is_left() -> None:
     """From no GPU node at all: a job asks, a node comes, the training runs, the node goes, the cluster goes."""
     pytest.importorskip("torch")
     from local_cluster import REPO
