@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +34,7 @@ from typing import Any, Self
 import psutil
 
 from rm.errors import ClusterError, InvalidSpec
+from rm.runtime.default_cluster import default_name, forget_default
 from rm.runtime.local_processes import KILL_S, end, environment, members
 
 READY = "ready.json"
@@ -225,9 +225,7 @@ class LocalRay:
 
     def remove_files(self) -> None:
         """Remove what the cluster wrote, and what names it. Called when no process of it is left."""
-        with suppress(OSError):
-            if self.default_file and Path(self.default_file).read_text() == default_name(self.address):
-                Path(self.default_file).unlink()
+        forget_default(self.address, self.default_file)
         if self.record:
             Path(self.record).unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -256,15 +254,6 @@ def _is_launcher(process: psutil.Process) -> bool:
         return any("rm.runtime.local_launcher" in word for word in process.cmdline())
     except psutil.Error:
         return False
-
-
-def default_name(address: str) -> str:
-    """How the machine's default cluster is named in Ray's file, for a cluster that is bound to loopback.
-
-    Ray replaces "127.0.0.1" and "localhost" by the machine's outward address before it connects, and would find nothing
-    there. It leaves the name in capitals alone.
-    """
-    return address.replace("127.0.0.1", "LOCALHOST")
 
 
 def _new_directory(temp_dir: str | Path) -> str:

@@ -10,18 +10,17 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import traceback
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 
-from rm.runtime.local import READY, LocalRay, default_name
-from rm.runtime.local_processes import end
+from rm.runtime.default_cluster import become_default
+from rm.runtime.local import READY, LocalRay
+from rm.runtime.local_processes import end, is_free
 
 LOGICAL_GPUS = 4
 """How many GPUs a node pretends to have if the machine has none and no number is asked for."""
@@ -43,7 +42,7 @@ def main() -> NoReturn:
         _ensure_token()
         _start_nodes(local, order)
         if not fate_share:
-            _become_default(local, default_file)
+            local.default_file = become_default(local.address, default_file)
         for path in filter(None, (local.record, f"{local.directory}/{READY}")):
             Path(f"{path}.new").write_text(json.dumps(asdict(local)))
             Path(f"{path}.new").rename(path)
@@ -92,7 +91,7 @@ def _start_nodes(local: LocalRay, order: dict[str, Any]) -> None:
     head = {
         "include_dashboard": order["dashboard"],
         "dashboard_host": "127.0.0.1",
-        "dashboard_port": order["dashboard_port"] if _is_free(order["dashboard_port"]) else 0,
+        "dashboard_port": order["dashboard_port"] if is_free(order["dashboard_port"]) else 0,
         "_system_config": {"raylet_report_resources_period_milliseconds": REPORT_PERIOD_MS},
     }
     if len(labels) > 1:  # each node would count all of the machine's memory as its own
@@ -124,33 +123,3 @@ def _share_gpus(local: LocalRay, wanted: int | None, nodes: int) -> list[tuple[s
     os.environ.pop(variable, None)  # Ray refuses to count more devices than it names
     local.gpus_per_node = [LOGICAL_GPUS if wanted is None else wanted] * nodes
     return [("", "")] * nodes
-
-
-def _become_default(local: LocalRay, file: Path) -> None:
-    """Make this the cluster that Ray's own commands find, unless one that lives is. Where forbidden: leave it."""
-    with suppress(OSError):
-        if not file.parent.is_dir():
-            file.parent.mkdir(parents=True)
-            file.parent.chmod(0o777)  # as Ray makes it: the place is everybody's
-        if not file.exists() or not _answers(file.read_text().strip()):
-            file.write_text(default_name(local.address))
-            local.default_file = str(file)
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), LOOK_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

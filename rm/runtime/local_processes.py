@@ -1,8 +1,10 @@
 """The processes of a local Ray: how they are marked, found, and ended, every one.
 
-Every process of the cluster inherits MARK; what carries it, or descends from a carrier, belongs to it. That needs
-SPT_NOENV: Ray renames its workers, and a renamed process otherwise overwrites the environment that /proc shows.
-Called by `rm.runtime.local` and its launcher; nothing here needs Ray.
+Every process of the cluster inherits a variable, MARK unless told otherwise; what carries it, or descends from a
+carrier, belongs to the cluster. That needs SPT_NOENV: Ray renames its workers, and a renamed process otherwise
+overwrites the environment that /proc shows. Its value is a key, and a key may have parts: "a/b" belongs to "a". What
+carries the variable with another key belongs elsewhere, whoever started it.
+Called by `rm.runtime.local` and its launcher, and by `rm.providers`; nothing here needs Ray.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
@@ -23,13 +26,13 @@ _DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 _NOT_INHERITED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_", "RAY_JOB_")
 
 
-def environment(key: str) -> dict[str, str]:
-    """The launcher's environment, and so that of every process of the cluster."""
+def environment(key: str, mark: str = MARK) -> dict[str, str]:
+    """The environment of whatever starts the cluster, and so that of every process of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         **kept,
-        MARK: key,
+        mark: key,
         "SPT_NOENV": "1",
         "RAY_AUTH_MODE": kept.get("RAY_AUTH_MODE") or "disabled",
         # All that this does on Linux: drivers take 127.0.0.1 at its word. Jobs inherit it.
@@ -45,7 +48,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def members(key: str) -> set[psutil.Process]:
+def is_free(port: int) -> bool:
+    """Whether a server of this machine can listen on the port, on loopback."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def members(key: str, mark: str = MARK) -> set[psutil.Process]:
     """The living processes of the cluster `key`, except the caller: who carries the mark, and their descendants.
 
     `.info["name"]` of each is what it was called at that moment.
@@ -55,28 +69,37 @@ def members(key: str) -> set[psutil.Process]:
         for process in psutil.process_iter(["name", "ppid", "status", "environ"])
         if process.info["status"] not in _DEAD
     }
-    found = {pid for pid, process in living.items() if (process.info["environ"] or {}).get(MARK) == key}
+    carried = {pid: (process.info["environ"] or {}).get(mark) for pid, process in living.items()}
+    found = {pid for pid, value in carried.items() if value and belongs(value, key)}
     size = -1
     while size != len(found):
         size = len(found)
-        found |= {pid for pid, process in living.items() if process.info["ppid"] in found}
+        found |= {
+            pid for pid, process in living.items() if process.info["ppid"] in found and not carried[pid]
+        }
     return {living[pid] for pid in found - {os.getpid()}}
 
 
-def end(key: str) -> None:
+def belongs(value: str, key: str) -> bool:
+    """Whether who carries `value` is part of `key`."""
+    return value == key or value.startswith(key + "/")
+
+
+def end(key: str, mark: str = MARK, *, spared: Collection[psutil.Process] = ()) -> None:
     """SIGTERM to the raylets, which end their workers; then SIGKILL to all that is left, until nothing is.
 
     The order matters: a raylet whose agent got SIGTERM too takes 10 s to end, and a GCS may not heed it at all. What
     was a descendant at first is remembered, since it may have lost its parent by the time that it is looked for again.
+    `spared` live on. ClusterError names the processes that do not end.
     """
-    left = members(key)
+    left = members(key, mark).difference(spared)
     raylets = {process for process in left if process.info["name"] == "raylet"}
     _signal(raylets, signal.SIGTERM)
     deadline = time.monotonic() + TERM_S
     while time.monotonic() < deadline and any(map(_lives, raylets)):
         time.sleep(0.02)
     deadline = time.monotonic() + KILL_S
-    while left := {process for process in left | members(key) if _lives(process)}:
+    while left := {process for process in (left | members(key, mark)).difference(spared) if _lives(process)}:
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"processes {sorted(process.pid for process in left)} of a local Ray do not end"

@@ -21,6 +21,7 @@ import pytest
 
 from rm.errors import ClusterError, InvalidSpec
 from rm.runtime import local_launcher
+from rm.runtime.default_cluster import become_default
 from rm.runtime.local import LocalRay
 from rm.runtime.local_processes import MARK, members
 
@@ -253,17 +254,14 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], field: str, tmp_path
 
 
 def test_another_clusters_claim_to_be_the_default_is_respected_while_it_lives(tmp_path: Path) -> None:
-    local = LocalRay("89ab", str(tmp_path), address="127.0.0.1:4321")
     file = tmp_path / "ray" / "ray_current_cluster"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         file.parent.mkdir()
         file.write_text(f"127.0.0.1:{other.getsockname()[1]}")
-        local_launcher._become_default(local, file)
-        assert local.default_file == ""
-    local_launcher._become_default(local, file)
-    assert local.default_file == str(file)
+        assert become_default("127.0.0.1:4321", file) == ""
+    assert become_default("127.0.0.1:4321", file) == str(file)
     assert file.read_text() == "LOCALHOST:4321"
 
 

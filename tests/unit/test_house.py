@@ -30,9 +30,11 @@ def test_the_core_has_no_clock_no_randomness_and_no_io() -> None:
                 assert name.split(".")[0] not in BANNED, f"{file.name} imports {name}"
 
 
-def test_only_the_runtime_imports_ray_at_import_time() -> None:
+def test_only_the_runtime_and_the_providers_import_ray_at_import_time() -> None:
+    """What ends a node on a machine, `rm.providers.stop`, must do so where Ray is broken."""
+    light = {"stop.py", "surroundings.py", "roster.py", "options.py", "loopback.py"}
     for file in (REPO / "rm").rglob("*.py"):
-        if "runtime" in file.parts:
+        if "runtime" in file.parts or ("providers" in file.parts and file.name not in light):
             continue
         for node in ast.parse(file.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
