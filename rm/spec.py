@@ -465,6 +465,11 @@ class Config(BaseSettings):
     """How long a pinned placement group may stay pending before the plan is given up and made anew."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """How long runners may take to start, runtime_env (pip) included."""
+    keep_warm_s: Annotated[float, Field(ge=0)] = 2.0
+    """How long the placement group and the runners of an attempt stay for the next one of the kind. 0: not at all.
+
+    For jobs their GPUs are free; other work on the Ray cluster gets them when the time is over.
+    """
     max_pending: Annotated[int, Field(gt=0)] = 100_000
     """Most jobs that may wait, everybody's together."""
     max_pending_per_owner: Annotated[int, Field(gt=0)] = 25_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from rm.core.model import Cordon, Job, Node, Status
@@ -68,6 +69,8 @@ class JobView:
     array_index: int | None = None
     array_counts: dict[str, int] | None = None
     """For an array as a whole: how many of its jobs have which status."""
+    stand: str = ""
+    """The attempt that the live attempt's placement group and runners are named after: mostly itself."""
     as_of: float | None = None
     """When this was read, by the clock that its other times are of."""
 
@@ -82,6 +85,9 @@ class JobView:
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds.
+
+    `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
+    next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.
 
     `status`: "ready", "cordoned", "draining" or "drained". Where it is not ready nothing is free, and `cordon` says
     why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None).
@@ -100,6 +106,8 @@ class NodeView:
     labels: dict[str, str] = field(default_factory=dict)
     status: str = "ready"
     cordon: dict[str, Any] | None = None
+    warm_gpus: float = 0.0
+    warm: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,6 +210,7 @@ def job_view(
     ranks: int = 1,
     reason: Reason | None = None,
     as_of: float | None = None,
+    stand: str = "",
 ) -> JobView:
     """The view of a core record. `reason` overrides the recorded one (readers compute it fresh)."""
     names = node_names or {}
@@ -240,6 +249,7 @@ def job_view(
         checkpoint_at=job.attempt.checkpoint_at if job.attempt else None,
         least_bundles=job.gang.minimum,
         held_gpus=gpu_count(job.held_units),
+        stand=stand,
         array=job.array,
         array_index=job.array_index,
         as_of=as_of,
@@ -283,17 +293,25 @@ def array_status(tally: Mapping[Status, int]) -> Status:
     return next((status for status in _WORST_FIRST if tally.get(status)), Status.SUCCEEDED)
 
 
-def node_view(node: Node, jobs: tuple[str, ...], cordon: Cordon | None = None) -> NodeView:
-    """`jobs`: what is charged there, whether it starts, runs or ends."""
+NOTHING_IDLE: Mapping[str, int] = MappingProxyType({})
+
+
+def node_view(
+    node: Node, jobs: tuple[str, ...], cordon: Cordon | None = None, idle: Mapping[str, int] = NOTHING_IDLE
+) -> NodeView:
+    """`jobs`: what is charged there, whether it starts, runs or ends. `idle`: groups without an attempt, in units."""
     charged = node.gpu_slots * GPU_UNIT - node.devices.total_free
     left = node.devices.without_foreign(node.foreign_units).total_free
+    foreign = node.gpu_slots * GPU_UNIT - charged - left
+    # What a new gang was given may still be in the group of the last one.
+    warm = min(sum(idle.values()), left)
     return NodeView(
         id=node.id,
         name=node.name,
         gpu_type=node.gpu_type,
         gpus=node.gpu_slots,
         charged_gpus=gpu_count(charged),
-        foreign_gpus=gpu_count(node.gpu_slots * GPU_UNIT - charged - left),
+        foreign_gpus=gpu_count(foreign),
         free_gpus=0.0 if cordon else gpu_count(left),
         cpus=node.cpu_milli / 1000,
         memory_bytes=node.memory_bytes,
@@ -303,6 +321,8 @@ def node_view(node: Node, jobs: tuple[str, ...], cordon: Cordon | None = None) -
         cordon=None
         if cordon is None
         else {"by": cordon.by, "reason": cordon.reason, "at": cordon.at, "deadline": cordon.deadline},
+        warm_gpus=gpu_count(warm),
+        warm={name: gpu_count(units) for name, units in idle.items()},
     )
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from probes import MARK, assert_nothing_left, wait_until
+from probes import MARK, assert_nothing_left, groups, wait_until
 
 REPO = Path(__file__).resolve().parent.parent
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -72,6 +72,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
             nodes=nodes,
             max_log_bytes=config.max_log_bytes,
         )
+        wait_until(lambda: not groups(), 30, "what was kept warm is gone")
     finally:
         ray.shutdown()
         cluster.shutdown()

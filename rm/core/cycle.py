@@ -262,9 +262,10 @@ class Cycle:
     def _nothing_new(self) -> bool:
         """Whether there are only new jobs since such a cycle, and none of them could start. What was kept is kept on.
 
-        With many submissions and a full cluster this is the common case. A new job that would get the reservation
-        gets it in the next cycle after GPUs have changed hands: until then nobody starts in either case. It is the
-        same with a job that has just waited for so long that it comes before others.
+        With many submissions and a full cluster this is the common case. Where no free GPUs are kept for anybody, a
+        new job that would get the reservation gets it in the next cycle after GPUs have changed hands: until then
+        nobody starts in either case. It is the same with a job that has just waited for so long that it comes before
+        others.
         """
         quiet = self.notes.quiet
         if quiet is None or self._for_readers or not self._still(quiet):
@@ -275,11 +276,14 @@ class Cycle:
         reservations = self.notes.reservations
         if any(self.state.pending.group_of(job_id) is None for job_id in reservations):
             return False
+        new = (*self.state.books.unchecked, *lifted)
+        preceded = False
         for job_id, reservation in reservations.items():
+            preceded = preceded or any(self._may_precede(each, job_id) for each in new)
             self._charge(*quiet.kept_quota[job_id])
             self._kept_quota[job_id] = quiet.kept_quota[job_id]
             self.kept.keep(reservation)
-        if any(self._may_start(job_id) for job_id in (*self.state.books.unchecked, *lifted)):
+        if (preceded and self.kept.holds) or any(self._may_start(job_id) for job_id in new):
             self._start_over()
             return False
         self.first_blocked = quiet.first_blocked
@@ -300,7 +304,7 @@ class Cycle:
         )
 
     def _may_start(self, job_id: str) -> bool:
-        """Whether a new job might start now, have somebody evicted, or take the place of whom GPUs are kept for."""
+        """Whether a new job might start beside what is kept for others, or have somebody evicted."""
         pending = self.state.pending
         group, gang = pending.group_of(job_id), self.state.jobs[job_id].gang
         if group is None:
@@ -309,11 +313,24 @@ class Cycle:
             group.queue
         ):
             return True
-        ahead = [pending.group_of(each) for each in self.kept.reservations]
-        if any(each is not None and each.priority < group.priority for each in ahead):
-            return True
         dated = any(each.at < inf for each in self.kept.reservations.values())
         return dated and end_if_started(self.state.jobs[job_id], self.state, self.now) < inf
+
+    def _may_precede(self, job_id: str, other_id: str) -> bool:
+        """Whether a new job might come before one for which something is kept. Never says no where it does."""
+        pending, jobs = self.state.pending, self.state.jobs
+        group, other = pending.group_of(job_id), pending.group_of(other_id)
+        if group is None or other is None:
+            return False
+        mine, theirs = jobs[job_id], jobs[other_id]
+        if self.state.policy.order is not Order.FAIR:
+            place = (*self._before(Turn(group)), -group.priority, mine.seq)
+            return place < (*self._before(Turn(other)), -other.priority, theirs.seq)
+        if mine.queue != theirs.queue:
+            return self._queue_key(mine.queue, None) < self._queue_key(theirs.queue, other)
+        standing = self._given.standing
+        place = -group.priority, standing(mine.queue, mine.owner), mine.seq
+        return place < (-other.priority, standing(theirs.queue, theirs.owner), theirs.seq)
 
     # --- the walk, continued ---------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ class Reserve:
 class Run:
     """Start runners and user code. Ends in RunExited or RunLost, with RunStarted on the way.
 
-    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop.
+    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop. `running`: user code was seen
+    to run before a restart, so that runners that are gone now are lost, and none are started.
     """
 
     job_id: str
@@ -35,6 +36,7 @@ class Run:
     gang: Gang
     placed: tuple[PlacedBundle, ...]
     grace_s: float
+    running: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,12 +50,16 @@ class JobAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class PlacementReady:
-    """Ray holds the placement group. Ends the Reserve effect."""
+    """Ray holds the placement group. Ends the Reserve effect.
+
+    `stand`: the attempt that it was made for, where that is another; its runners are in it already.
+    """
 
     durable: ClassVar[bool] = True
     at: float
     job_id: str
     attempt: int
+    stand: str = ""
 
 
 @dataclass(frozen=True, slots=True)

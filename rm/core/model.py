@@ -228,6 +228,8 @@ class Attempt:
     """Of its nodes; None where they have none, or several."""
     checkpoint_at: float | None = None
     """When it last reported a checkpoint: what an eviction would lose counts from here."""
+    stand: str = ""
+    """The attempt whose placement group and runners it took over, "" where they are its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,7 +282,7 @@ class ClusterState:
         job, attempt = live
         if attempt.stop is not None:
             return self._end_attempt(job, attempt, Outcome(Status.CANCELLED))
-        self._put(replace(job, attempt=replace(attempt, phase=Phase.STARTING)))
+        self._put(replace(job, attempt=replace(attempt, phase=Phase.STARTING, stand=event.stand)))
         gang = job.gang.sized(len(attempt.placed))
         return [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
 
@@ -667,7 +667,8 @@ def _resume(job: Job, attempt: Attempt) -> list[Effect]:
         case Phase.RESERVING:
             effects = [Reserve(job.id, attempt.number, gang, attempt.placed)]
         case Phase.STARTING | Phase.RUNNING:
-            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
+            running = attempt.phase is Phase.RUNNING
+            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s, running)]
         case Phase.RELEASING:
             return [Release(job.id, attempt.number, gang, attempt.placed)]
     if attempt.stop is not None:

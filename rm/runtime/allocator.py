@@ -51,6 +51,7 @@ from rm.runtime.nodes import NodeWatch
 from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
+from rm.runtime.stands import Stands
 from rm.runtime.writer import Writer
 from rm.settings import Settings
 from rm.settings_change import consequences
@@ -158,11 +159,13 @@ class Allocator:
             clock=self._clock,
             poll_s=config.node_poll_s,
         )
+        self._stands = Stands(self._placements, runners, self._watch, config.keep_warm_s)
         self._gangs = Gangs(
             self._ledger,
             config,
             self._placements,
             runners,
+            self._stands,
             self._watch,
             lambda event: self._writer.post(event),
             self._clock,
@@ -180,6 +183,7 @@ class Allocator:
             self._ledger.key,
             self._placements,
             runners,
+            self._stands,
             self._gangs,
             view=self._writer.view,
             request=self._writer.request,
@@ -190,6 +194,9 @@ class Allocator:
         # Observe first: what groups exist decides what is ours, and what is free.
         await self._placements.find()
         self._writer.recover()
+        for job in self._writer.state.jobs.values():
+            if job.attempt and job.attempt.stand:
+                self._stands.adopt(attempt_key(job.id, job.attempt.number), job.attempt.stand)
         await self._remove_orphans(runners)
         await self._watch.observe()
         await self._watch.observe_node_types()
@@ -504,12 +511,16 @@ class Allocator:
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons = self._writer.view(), self._writer.state.cordons
+        warm = self._stands.held()
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
             for node_id in {each.node_id for each in job.attempt.placed} if job.attempt else ():
                 on.setdefault(node_id, []).append(job.id)
         listed = sorted(nodes, key=lambda node: (-node.gpu_slots, node.name, node.id))
-        return [node_view(node, tuple(sorted(on.get(node.id, ()))), cordons.get(node.id)) for node in listed]
+        return [
+            node_view(node, tuple(sorted(on.get(node.id, ()))), cordons.get(node.id), warm.get(node.id, {}))
+            for node in listed
+        ]
 
     async def lease(self, job_id: str) -> dict[str, Any]:
         """What the holder of a running lease needs for its own Ray work: the group and its bundles."""
@@ -536,6 +547,7 @@ class Allocator:
         await self._up()
         self._require_admin("stop the allocator", by)
         if keep:
+            await self._let_stands_go()
             return
         live = list(self._writer.view().jobs.values())
         if live and not cancel:
@@ -548,7 +560,12 @@ class Allocator:
         await self._writer.request_all(StopRequested(now, job.id, StopCause.CANCELLED, by) for job in live)
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
+        await self._let_stands_go()
         self._writer.stop()
+
+    async def _let_stands_go(self) -> None:
+        self._stands.retire_all()
+        await self._stands.all_gone()
 
     # --- asked by administrators ---------------------------------------------------------------------------
 
@@ -786,6 +803,7 @@ class Allocator:
                     ranks=ranks * (len(job.attempt.placed) if job.attempt else job.gang.count),
                     reason=reasons.get(job.id),
                     as_of=now,
+                    stand=self._stands.name(attempt_key(job.id, job.attempt.number)) if job.attempt else "",
                 )
             )
             if not len(views) % VIEWS_A_SLICE:

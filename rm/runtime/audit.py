@@ -46,6 +46,7 @@ from rm.runtime.nodes import read_nodes
 from rm.runtime.orders import process_mark
 from rm.runtime.placements import Placements
 from rm.runtime.runners import Runners
+from rm.runtime.stands import Stands
 from rm.runtime.writer import View
 from rm.views import AuditView, FindingView
 
@@ -71,6 +72,7 @@ class Audit:
         ledger_key: str,
         placements: Placements,
         runners: Runners,
+        stands: Stands,
         gangs: Gangs,
         *,
         view: Callable[[], View],
@@ -83,6 +85,7 @@ class Audit:
         self._ledger_key = ledger_key
         self._placements = placements
         self._runners = runners
+        self._stands = stands
         self._gangs = gangs
         self._view = view
         self._request = request
@@ -173,14 +176,17 @@ class Audit:
     def _read_ray(self, ledger: LedgerLook) -> RayLook:
         """Ray's nodes, our runners, and those groups that have to be looked up. Runs in a thread.
 
-        Not the whole table of groups: Ray keeps in it every group that there ever was.
+        Not the whole table of groups: Ray keeps in it every group that there ever was. What was taken over bears the
+        name of its present attempt here; stands that nobody has at present are left out, they have an end of their own.
         """
+        unused = self._stands.unused()
+        idle = self._stands.unused_groups()
         nodes = {
             node.id: RayNode(
                 node.name,
                 node.gpu_units,
                 node.free_gpu_units,
-                {group_id: amounts[0] for group_id, amounts in node.groups.items()},
+                {group_id: amounts[0] for group_id, amounts in node.groups.items() if group_id not in idle},
             )
             for node in read_nodes().nodes.values()
         }
@@ -196,8 +202,12 @@ class Audit:
                 self._strangers.add(group_id)
                 continue
             where = tuple(str(node_id or "") for node_id in entry["bundles_to_node_id"].values())
-            groups[group_id] = RayGroup(attempt, str(entry["state"]), where)
-        return RayLook(nodes, groups, self._runners.list_names())
+            groups[group_id] = RayGroup(self._placements.holder(attempt), str(entry["state"]), where)
+        names = [each.rpartition("/") for each in self._runners.list_names()]
+        runners = {
+            f"{self._placements.holder(name)}/{bundle}" for name, _, bundle in names if name not in unused
+        }
+        return RayLook(nodes, groups, frozenset(runners))
 
     async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, list[GpuProcess]], list[str]]:
         """What the drivers say on nodes with free GPUs: a task that needs nothing, pinned to each."""

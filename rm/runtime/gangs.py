@@ -5,6 +5,9 @@
     Stop    ─► hurries the Reserve or Run of the same attempt along
     Release ─► runners ended, group removed, removal seen ─► PlacementReleased
 
+Where a run ends well its group and runners are kept for the next attempt of the kind (`stands`). PlacementReleased then
+comes in the same breath as RunExited, and the Reserve that takes them over has nothing to wait for.
+
 Every effect may be asked for again (after a restart, after a commit that seemed to fail): one that is under way
 is left alone, one that is done finds its group and runners and says the same again.
 """
@@ -14,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.exceptions import RayActorError, RayError, RuntimeEnvSetupError
+from ray.util.placement_group import PlacementGroup
 
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
@@ -33,16 +36,15 @@ from rm.core.events import (
 from rm.core.model import Kind, Outcome, PlacedBundle, Status, attempt_key
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
-from rm.runtime.nodes import NodeWatch, Seen
+from rm.runtime.nodes import NodeGone, NodeWatch, Seen
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.placements import Placements
-from rm.runtime.runners import Runners
+from rm.runtime.runners import RunnerGone, Runners
+from rm.runtime.stands import Stands
 from rm.spec import Config, JobSpec
 
 log = logging.getLogger("rm.gangs")
 
-REMOVE_AGAIN_S = 5.0
-"""Removal is asked for again when the group is still there after this long: Ray can lose the first request."""
 STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
 
@@ -60,6 +62,7 @@ class Gangs:
         config: Config,
         placements: Placements,
         runners: Runners,
+        stands: Stands,
         watch: NodeWatch,
         post: Callable[[Event], None],
         clock: Callable[[], float],
@@ -70,13 +73,17 @@ class Gangs:
         self._config = config
         self._placements = placements
         self._runners = runners
+        self._stands = stands
         self._watch = watch
         self._post = post
         self._clock = clock
         self._tasks: dict[tuple[type[Effect], _Key], asyncio.Task[None]] = {}
         self._stops: dict[_Key, _Stopping] = {}
         self._claims: dict[str, tuple[str, dict[str, int]]] = {}
-        """Groups asked for and not yet seen: attempt → (group id once it has one, GPU units by node)."""
+        """Groups asked for and not yet seen: name → (group id once it has one, GPU units by node)."""
+        self._kept: dict[str, RunExited] = {}
+        """Attempts whose stand was kept when they ended, until that is committed."""
+        stands.on_gone = self._forget_claim
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -142,7 +149,9 @@ class Gangs:
             failure = f"Ray could not make the placement group: {error}"
         now = self._clock()
         if failure is None:
-            self._post(PlacementReady(now, effect.job_id, effect.attempt))
+            name = self._stands.name(attempt)
+            stand = name if name != attempt else ""
+            self._post(PlacementReady(now, effect.job_id, effect.attempt, stand))
         else:
             self._claims.pop(attempt, None)
             node_id = blamed[0] if blamed else None
@@ -156,6 +165,8 @@ class Gangs:
         timeout_s = self._config.reserve_timeout_s
         need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
         made = self._placements.group_id(attempt) is not None
+        if not made and await self._take_stand(effect, attempt):
+            return None
         # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
         if not made and not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
             return self._why_not(need)
@@ -169,6 +180,16 @@ class Gangs:
             return f"its placement group was not ready within {timeout_s:g} s: the GPUs went to somebody else"
         return None
 
+    async def _take_stand(self, effect: Reserve, attempt: str) -> bool:
+        """Take over what another attempt has left in these places, if it has."""
+        if not self._stands.may_take(effect.gang, effect.placed):
+            return False
+        row = await asyncio.to_thread(self._ledger.job, effect.job_id)
+        # A lease's holder brings his own actors: ours would take their place.
+        if row is None or row.job.kind is Kind.LEASE:
+            return False
+        return self._stands.take(attempt, effect.gang, effect.placed, row.spec.runtime_env) is not None
+
     def _shows_free(self, node_id: str, units: int) -> bool:
         node = self._watch.seen.nodes.get(node_id)
         return node is not None and node.free_gpu_units >= units
@@ -179,7 +200,10 @@ class Gangs:
         for node_id, units in need.items():
             node = seen.nodes.get(node_id)
             claimed = sum(by_node.get(node_id, 0) for _, by_node in self._claims.values())
-            if node is None or node.free_gpu_units - claimed < units:
+            if node is None:
+                return False
+            if (missing := units + claimed - node.free_gpu_units) > 0:
+                self._stands.make_room(node_id, missing)
                 return False
         self._claims[attempt] = ("", need)
         return True
@@ -189,6 +213,9 @@ class Gangs:
             gone = all(node_id not in seen.nodes for node_id in by_node)
             if gone or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
                 del self._claims[attempt]
+
+    def _forget_claim(self, name: str) -> None:
+        self._claims.pop(name, None)
 
     def _why_not(self, need: dict[str, int]) -> str:
         """What kept the planned capacity from showing up."""
@@ -213,7 +240,12 @@ class Gangs:
             await stop.asked.wait()
             self._post(RunExited(self._clock(), *key, Outcome(Status.SUCCEEDED)))
             return
+        if (ended := self._kept.get(attempt_key(*key))) is not None:
+            self._post(ended)  # asked for again, because its end could not be committed
+            self._post(PlacementReleased(ended.at, *key))
+            return
         run = _GangRun(self, effect, stop)
+        event: RunExited | RunLost
         try:
             event = await run.to_the_end()
         except asyncio.CancelledError:
@@ -223,35 +255,31 @@ class Gangs:
             event = RunExited(self._clock(), *key, failure)
         except RayError as error:
             event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
+        except RunnerGone as error:
+            event = RunLost(self._clock(), *key, str(error))
+        except NodeGone as error:
+            event = RunLost(self._clock(), *key, str(error), error.node_id)
         except TimeoutError as error:
             event = RunLost(self._clock(), *key, str(error), run.silent_on())
         except Exception as error:
             log.exception("the run of %s.%d broke", *key)
             event = RunLost(self._clock(), *key, f"the run could not be followed: {error!r}")
+        kept = isinstance(event, RunExited) and run.keep_stand()
         self._post(event)
+        if kept:
+            assert isinstance(event, RunExited)
+            self._kept[attempt_key(*key)] = event
+            self._post(PlacementReleased(event.at, *key))
 
     # --- release -----------------------------------------------------------------------------------------
 
     async def _release(self, effect: Release) -> None:
         attempt = attempt_key(effect.job_id, effect.attempt)
-        self._stopping((effect.job_id, effect.attempt)).ask(
-            0
-        )  # a lease whose node died still waits for its stop
-        node_ids = {each.node_id for each in effect.placed}
-        removing = True
-        while removing:
-            try:
-                await self._runners.kill(attempt, effect.gang.count)
-                group_id = await self._placements.remove(attempt)
-                if group_id is None:
-                    break
-                gone = _gone(group_id, node_ids, time.monotonic())
-                removing = not await self._watch.until(gone, REMOVE_AGAIN_S)
-            except RayError:
-                log.warning("release of %s failed; trying again", attempt, exc_info=True)
-                await asyncio.sleep(1)
-        self._claims.pop(attempt, None)
-        self._placements.forget(attempt)
+        # A lease whose node died still waits for its stop.
+        self._stopping((effect.job_id, effect.attempt)).ask(0)
+        if self._kept.pop(attempt, None) is None:
+            node_ids = {each.node_id for each in effect.placed}
+            await self._stands.take_down(attempt, node_ids, effect.gang.count)
         self._post(PlacementReleased(self._clock(), effect.job_id, effect.attempt))
 
 
@@ -277,6 +305,9 @@ class _GangRun:
         self._attempt = attempt_key(effect.job_id, effect.attempt)
         self._handles: list[Any] = []
         self._seated: set[int] = set()
+        self._clean = False
+        """Whether it has ended and left nothing behind on any node."""
+        self._runtime_env: dict[str, Any] = {}
         self.failed_on: str | None = None
         """The node of the first runner that was lost."""
 
@@ -300,6 +331,9 @@ class _GangRun:
         self._seated.add(bundle)
         return seat
 
+    async def _all_seats(self) -> list[Seat]:
+        return list(await asyncio.gather(*(self._seat(bundle) for bundle in range(len(self._handles)))))
+
     async def to_the_end(self) -> RunExited | RunLost:
         gangs, effect = self._gangs, self._effect
         clock = gangs._clock
@@ -307,13 +341,11 @@ class _GangRun:
         if row is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "the ledger has lost the job")
         spec = row.spec
+        self._runtime_env = spec.runtime_env
         group = gangs._placements.handle(self._attempt)
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
-        self._handles = await gangs._runners.start(self._attempt, effect.gang, group, spec.runtime_env)
-        seats = await self._unless_stopped(
-            asyncio.gather(*(self._seat(bundle) for bundle in range(len(self._handles))))
-        )
+        seats = await self._seats(group, spec)
         if seats is None:
             stopped = Outcome(Status.CANCELLED, "stopped while its runners started")
             return RunExited(clock(), effect.job_id, effect.attempt, stopped)
@@ -325,27 +357,57 @@ class _GangRun:
         if results[0].progress:
             gangs._progress(effect.job_id, effect.attempt, results[0].progress)
         outcome = _outcome(results, seats, orders)
+        self._clean = all(each.clean for each in results)
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
+    def keep_stand(self) -> bool:
+        """The run has ended: keep its group and runners for the next, if nothing of it is left there."""
+        return self._clean and self._gangs._stands.keep(
+            self._attempt, self._effect.gang, self._effect.placed, self._runtime_env, self._handles
+        )
+
+    async def _seats(self, group: PlacementGroup, spec: JobSpec) -> list[Seat] | None:
+        """The runners' seats, or None when a stop comes first. They are taken over, found, or started."""
+        stands, name = self._gangs._stands, self._gangs._stands.name(self._attempt)
+        self._handles = stands.runners(self._attempt)
+        if self._handles:
+            try:
+                return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
+            except RayActorError:
+                # They died while nobody needed them, so this attempt has lost nothing yet.
+                log.warning("the runners that %s took over are gone; starting others", self._attempt)
+                self.failed_on = None
+                await self._gangs._runners.kill(name, self._effect.gang.count)
+        runners, gang = self._gangs._runners, self._effect.gang
+        if self._effect.running:
+            self._handles = await runners.find(name, gang.count)
+        else:
+            self._handles = await runners.start(name, gang, group, spec.runtime_env)
+        return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
+
     async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:
-        """The result of `work`, or None when a stop comes first. Raises TimeoutError past `start_timeout_s`."""
+        """The result of `work`, or None when a stop comes first.
+
+        Raises TimeoutError past `start_timeout_s`, NodeGone where one of its nodes dies meanwhile.
+        """
+        watch, nodes = self._gangs._watch, {each.node_id for each in self._effect.placed}
+        timeout_s = self._gangs._config.start_timeout_s
         stopped = asyncio.ensure_future(self._stop.asked.wait())
-        both: list[asyncio.Future[Any]] = [work, stopped]
+        gone = asyncio.ensure_future(watch.lost(nodes))
+        both: list[asyncio.Future[Any]] = [work, stopped, gone]
         try:
-            await asyncio.wait(
-                both,
-                timeout=self._gangs._config.start_timeout_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(both, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             if stopped.done():
                 return None
-            raise TimeoutError(f"runners did not start within {self._gangs._config.start_timeout_s:g} s")
+            if gone.done():
+                raise NodeGone(gone.result())
+            raise TimeoutError(f"runners did not start within {timeout_s:g} s")
         finally:
-            stopped.cancel()
-            if not work.done():
-                work.cancel()
+            for each in both:
+                each.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
 
     async def _follow(self, orders: list[RunOrder], seats: list[Seat]) -> list[RunResult]:
         """Start every bundle, say when all run, and stop the whole gang when one fails or a stop is asked."""
@@ -353,8 +415,9 @@ class _GangRun:
             asyncio.ensure_future(self._asked(bundle, handle.run.remote(order)))
             for bundle, (handle, order) in enumerate(zip(self._handles, orders, strict=True))
         ]
-        told = asyncio.create_task(self._tell_started(seats))
-        stopper = asyncio.create_task(self._stop_when_asked(runs))
+        keys = [order.key for order in orders]
+        told = asyncio.create_task(self._tell_started(keys, seats))
+        stopper = asyncio.create_task(self._stop_when_asked(keys, runs))
         try:
             pending = set(runs)
             while pending:
@@ -368,8 +431,9 @@ class _GangRun:
                 task.cancel()
             await asyncio.gather(told, stopper, return_exceptions=True)
 
-    async def _tell_started(self, seats: list[Seat]) -> None:
-        await asyncio.gather(*(handle.started.remote() for handle in self._handles))
+    async def _tell_started(self, keys: list[str], seats: list[Seat]) -> None:
+        calls = [handle.started.remote(key) for handle, key in zip(self._handles, keys, strict=True)]
+        await asyncio.gather(*calls)
         hosts = tuple(self._node_name(seat) for seat in seats)
         gpus = tuple(seat.gpu_ids for seat in seats)
         gangs, effect = self._gangs, self._effect
@@ -380,15 +444,16 @@ class _GangRun:
         node = self._gangs._watch.seen.nodes.get(seat.node_id)
         return node.name if node else seat.address
 
-    async def _stop_when_asked(self, runs: Sequence[asyncio.Future[RunResult]]) -> None:
+    async def _stop_when_asked(self, keys: list[str], runs: Sequence[asyncio.Future[RunResult]]) -> None:
         await self._stop.asked.wait()
         grace_s = self._stop.grace_s
-        calls = [handle.stop.remote(grace_s) for handle in self._handles]
+        calls = [handle.stop.remote(key, grace_s) for handle, key in zip(self._handles, keys, strict=True)]
         await asyncio.gather(*calls, return_exceptions=True)
         _, silent = await asyncio.wait(runs, timeout=grace_s + STOP_SLACK_S)
         if silent:
             log.warning("%s does not stop; its runners are killed", self._attempt)
-            await self._gangs._runners.kill(self._attempt, self._effect.gang.count)
+            name = self._gangs._stands.name(self._attempt)
+            await self._gangs._runners.kill(name, self._effect.gang.count)
 
     def _orders(self, spec: JobSpec, seats: list[Seat], array_index: int | None) -> list[RunOrder]:
         effect, gangs = self._effect, self._gangs
@@ -429,11 +494,6 @@ def _by_node(units: int, placed: tuple[PlacedBundle, ...]) -> dict[str, int]:
     for each in placed:
         need[each.node_id] = need.get(each.node_id, 0) + units
     return need
-
-
-def _gone(group_id: str, node_ids: set[str], since: float) -> Callable[[Seen], bool]:
-    """Whether a reading begun after `since` shows the group on none of its nodes."""
-    return lambda seen: seen.at > since and not any(seen.holds(group_id, node_id) for node_id in node_ids)
 
 
 def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]) -> Outcome:

@@ -34,6 +34,23 @@ def read_gpus() -> list[GpuProcess] | str:
         pynvml.nvmlShutdown()
 
 
+def left_on(gpu_ids: tuple[str, ...], mark: str) -> list[str]:
+    """Processes that hold memory of these GPUs of the node and bear `mark`, or nobody's; empty without NVML.
+
+    `gpu_ids` as Ray and CUDA_VISIBLE_DEVICES have them; devices that they don't name by number are all looked at.
+    """
+    found = read_gpus()
+    if isinstance(found, str):
+        return []
+    named = {int(each) for each in gpu_ids if each.isdecimal()}
+    whole = len(named) == len(gpu_ids)
+    return [
+        f"{each.name} ({each.pid}) on GPU {each.gpu}"
+        for each in found
+        if each.owner == mark or (each.owner == "" and whole and each.gpu in named)
+    ]
+
+
 def processes(nvml: Any, proc: Path = Path("/proc")) -> list[GpuProcess]:
     """The compute processes of all GPUs, by the module `pynvml` or what looks like it. Raises NVMLError."""
     found = []

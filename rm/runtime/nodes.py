@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import ray
@@ -58,6 +58,14 @@ class Seen:
     def holds(self, group_id: str, node_id: str) -> bool:
         node = self.nodes.get(node_id)
         return node is not None and group_id in node.groups
+
+
+class NodeGone(Exception):
+    """A node has left the cluster while something was to happen there."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(f"node {node_id[:8]} is gone")
+        self.node_id = node_id
 
 
 class NodeWatch:
@@ -127,6 +135,15 @@ class NodeWatch:
             return True
         finally:
             self._waiting -= 1
+
+    async def lost(self, node_ids: Collection[str]) -> str:
+        """Wait until a reading shows one of these nodes no more: which. Hurries nobody."""
+        while True:
+            if self.seen.at and (missing := [each for each in node_ids if each not in self.seen.nodes]):
+                return min(missing)
+            if self._next is None:
+                self._next = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._next])
 
     def _report(self, seen: Seen) -> None:
         now = self._clock()

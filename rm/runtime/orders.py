@@ -82,5 +82,7 @@ class RunResult:
     """The node failed, not user code: the attempt may be tried again at the cluster's cost."""
     stopped: bool = False
     """The processes were told to stop and had not failed before."""
+    clean: bool = False
+    """Nothing of it is left on the node: another attempt may follow in the same place."""
     progress: dict[str, Any] | None = None
     failed_at: float = field(default=0.0)

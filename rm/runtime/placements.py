@@ -1,7 +1,8 @@
 """Placement groups: made, found again, removed. The port between a plan's places and Ray's.
 
 A group is named `rm/<ledger key>/<attempt>`, detached, and every bundle is pinned to its node, so that what Ray
-does is what the plan says. Groups of another ledger on the same cluster are not ours and are never touched.
+does is what the plan says. It keeps the name of the attempt that it was made for when another takes it over. Groups of
+another ledger on the same cluster are not ours and are never touched.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Placements:
         self._prefix = f"rm/{ledger_key}/"
         self._groups: dict[str, PlacementGroup] = {}
         self._ids: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        """Attempts that have a group of another name."""
 
     def ours(self, group_id: str) -> bool:
         return group_id in self._ids
@@ -46,6 +49,24 @@ class Placements:
 
     def attempts(self) -> set[str]:
         return set(self._groups)
+
+    def name(self, attempt: str) -> str:
+        """The name of the attempt's group: its own, or that of the attempt which the group was made for."""
+        return self._names.get(attempt, attempt)
+
+    def holder(self, name: str) -> str:
+        """The inverse of `name`: the attempt that has the group of this name."""
+        return next((attempt for attempt, other in list(self._names.items()) if other == name), name)
+
+    def hand_over(self, before: str, after: str) -> None:
+        """The group of one attempt is another's now. Where there is none, nothing happens."""
+        group = self._groups.pop(before, None)
+        if group is None:
+            return
+        self._remember(after, group)
+        name = self._names.pop(before, before)
+        if name != after:
+            self._names[after] = name
 
     async def find(self) -> None:
         """Learn the groups that exist already: after a restart, before anything is observed or made."""
@@ -116,6 +137,7 @@ class Placements:
     def forget(self, attempt: str) -> None:
         """The group was seen gone."""
         group = self._groups.pop(attempt, None)
+        self._names.pop(attempt, None)
         if group is not None:
             self._ids.pop(group.id.hex(), None)
 

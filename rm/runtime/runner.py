@@ -1,242 +1,91 @@
-"""The supervisor actor: one per bundle, it owns the processes of one attempt there.
+"""The supervisor actor: one per bundle, it owns the processes of one attempt there, and then of the next.
 
-It runs on the bundle's node inside the attempt's placement group, and user code never runs inside it: the child
-can crash, leak or exhaust its memory without taking the runner along, and if the runner is killed its keeper
-takes the children along. The allocator makes one long call, `run`; asking again (after a restart of the
-allocator) joins the run under way or repeats its result, so an attempt can't run twice.
+It runs on the bundle's node inside the placement group, and user code never runs inside it: the child can crash, leak
+or exhaust its memory without taking the runner along, and if the runner is killed its keeper takes the children along.
+The allocator makes one long call per attempt, `run`; asking again (after a restart of the allocator) joins the run
+under way or repeats its result, so an attempt can't run twice. Two attempts never run in it at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import random
 import socket
 import sys
-import time
 from dataclasses import replace
-from typing import Any
 
-import cloudpickle
 import ray
-from ray.exceptions import RayError
 
-from rm.core.model import Kind
-from rm.errors import RmError
-from rm.runtime.entry import result_path
-from rm.runtime.links import Link
+from rm.runtime import gpu_probe
+from rm.runtime.bundle_run import BundleRun
 from rm.runtime.orders import RunOrder, RunResult, Seat
-from rm.runtime.processes import Launched, LaunchOutcome, RankExit
-from rm.runtime.shipping import LogShipper
-from rm.runtime.tail import last_lines
-from rm.runtime.workspace import Workspace
 
 log = logging.getLogger("rm.runner")
 
-REPORT_S = 0.5
-REPORT_BYTES = 64 * 1024
-"""How often progress is read and passed on."""
-TAIL_LINES = 20
-_NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
-"""Kinds of exit that are not the fault of user code."""
+EMPTY_WITHIN_S = 10.0
+"""How long the driver may take to give the memory of a process back that is gone."""
+LOOK_S = 0.1
 
 
 class Runner:
-    """The actor's class. Asyncio: `run` lasts as long as the job, the other methods answer meanwhile."""
+    """The actor's class. Asyncio: `run` lasts as long as the job, the other methods answer meanwhile.
+
+    `key` in them is `RunOrder.key`: news for an attempt that is over must not meet the next one.
+    """
 
     def __init__(self) -> None:
-        self._run: asyncio.Task[RunResult] | None = None
-        self._started: asyncio.Event = asyncio.Event()
-        self._launched: Launched | None = None
-        self._workspace: Workspace | None = None
-        self._stop_asked = False
-        self._progress: dict[int, dict[str, Any]] = {}
+        self._runs: dict[str, BundleRun] = {}
+        """The run under way, or the last one, and those that are only spoken of yet."""
+        self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
     async def seat(self) -> Seat:
         """Where this runner is, and a port that is free there now."""
-        context = ray.get_runtime_context()
         return Seat(
-            node_id=context.get_node_id(),
+            node_id=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             port=_free_port(),
-            gpu_ids=tuple(context.get_accelerator_ids().get("GPU", [])),
+            gpu_ids=self._gpu_ids,
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
         )
 
     async def run(self, order: RunOrder) -> RunResult:
-        """Run the bundle's ranks to their end. Idempotent: a second call waits for the same run."""
-        if self._run is None:
-            self._run = asyncio.create_task(self._supervise(order))
-        return await asyncio.shield(self._run)
+        """Run the bundle's ranks to their end. Idempotent: a second call waits for the same run.
 
-    async def started(self) -> list[int]:
+        Raises RuntimeError while another attempt runs here.
+        """
+        run = self._run(order.key)
+        if not run.begun:
+            for key, other in list(self._runs.items()):
+                if other.begun and not other.ended:
+                    raise RuntimeError(f"{order.key} was to run where {key} runs yet")
+                if other is not run:
+                    del self._runs[key]
+        result = await run.result(order)
+        return result if not result.clean else replace(result, clean=await self._are_empty(order))
+
+    async def started(self, key: str) -> list[int]:
         """The pids of the ranks, once they run (or the run has ended)."""
-        await self._started.wait()
-        return list(self._launched.pids.values()) if self._launched else []
+        return await self._run(key).started()
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, key: str, grace_s: float) -> None:
         """SIGTERM to every rank's process group, SIGKILL after `grace_s`. `run` then returns."""
-        self._stop_asked = True
-        if self._workspace is not None:
-            self._workspace.ask_to_stop()
-        if self._launched is not None:
-            await self._launched.stop(grace_s)
+        await self._run(key).stop(grace_s)
 
-    async def _supervise(self, order: RunOrder) -> RunResult:
-        workspace = self._workspace = Workspace(order)
-        try:
-            return await self._run_in(workspace, order)
-        except RmError as error:
-            return RunResult(ok=False, rank=order.first_rank, message=error.message, failed_at=time.time())
-        except OSError as error:
-            where = f"{workspace.path} on {order.node_name}"
-            return RunResult(ok=False, rank=order.first_rank, message=f"can't prepare {where}: {error}")
-        finally:
-            self._started.set()
-            workspace.remove()
+    def _run(self, key: str) -> BundleRun:
+        return self._runs.setdefault(key, BundleRun())
 
-    async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
-        store = Link("store")
-        payload = working_dir = None
-        if order.kind is Kind.FUNCTION:
-            payload = await store.call("get_blob", order.payload_sha256)
-        if order.working_dir_sha256:
-            working_dir = await store.call("get_blob", order.working_dir_sha256)
-        await asyncio.to_thread(workspace.create, payload, working_dir)
-        processes = workspace.processes()
-        if self._stop_asked:
-            return RunResult(ok=False, stopped=True, message="stopped before it started")
-        shipper = LogShipper(store, order, processes)
-        self._launched = await Launched.start(
-            f"{order.job_id}.{order.attempt}", processes, order.grace_s, str(workspace.path)
-        )
-        self._started.set()
-        if self._stop_asked:
-            await self._launched.stop(order.grace_s)
-        background = [asyncio.create_task(shipper.run()), asyncio.create_task(self._pass_on_reports(order))]
-        try:
-            outcome = await self._launched.wait()
-            # A stop that comes from now on finds nobody: they ended by themselves.
-            stopped = self._stop_asked
-        finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
-        self._read_reports(order)
-        await shipper.finish()
-        result = self._result(workspace, order, outcome, stopped)
-        if order.kind is Kind.FUNCTION:
-            try:
-                await self._keep_result(store, workspace, order, result)
-            except (RayError, ValueError) as error:
-                # The function has run: doing it all again because its result got lost is not ours to decide.
-                return replace(result, ok=False, message=f"its result could not be stored: {error}")
-        return result
-
-    @staticmethod
-    async def _keep_result(store: Link, workspace: Workspace, order: RunOrder, result: RunResult) -> None:
-        """Send rank 0's value, or the exception of the rank that failed, to the store."""
-        rank = 0 if result.ok else result.rank or 0
-        path = result_path(workspace.result, rank)
-        if (result.ok and order.first_rank != 0) or result.stopped or not path.exists():
-            return
-        data = await asyncio.to_thread(path.read_bytes)
-        await store.call("put_result", order.archive_id, order.attempt, data)
-
-    def _result(
-        self, workspace: Workspace, order: RunOrder, outcome: LaunchOutcome, stopped: bool
-    ) -> RunResult:
-        progress = _aged(self._progress[0]) if 0 in self._progress else None
-        failed = next((each for each in outcome.exits if each.rank == outcome.first_failed), None)
-        if failed is None:
-            failed = next((each for each in outcome.exits if each.failed), None)
-        if failed is None:
-            return RunResult(ok=True, progress=progress, stopped=stopped)
-        return RunResult(
-            ok=False,
-            rank=failed.rank,
-            exit_code=failed.code,
-            signal=failed.signal,
-            message=_raised(workspace, order, failed) or _describe(failed, order.node_name),
-            tail=tuple(_tail(workspace, failed.rank)),
-            lost=failed.error_kind in _NODE_FAILED,
-            stopped=stopped and outcome.first_failed is None,
-            progress=progress,
-            failed_at=failed.at,
-        )
-
-    async def _pass_on_reports(self, order: RunOrder) -> None:
-        allocator = Link("allocator")
+    async def _are_empty(self, order: RunOrder) -> bool:
+        """Whether the GPUs' driver shows none of the attempt's processes, nor a stranger's, on our whole devices."""
+        deadline = asyncio.get_running_loop().time() + EMPTY_WITHIN_S
         while True:
-            await asyncio.sleep(REPORT_S)
-            if self._read_reports(order) and order.first_rank == 0:
-                # Progress is a courtesy: what can't be passed on now is passed on with the next.
-                with contextlib.suppress(RayError, ValueError):
-                    report = _aged(self._progress[0])
-                    await allocator.call("progress", order.job_id, order.attempt, report, give_up_s=5)
-
-    def _read_reports(self, order: RunOrder) -> bool:
-        """Take in what ranks reported. True where rank 0 said something new."""
-        assert self._workspace is not None
-        news = False
-        for rank in range(order.first_rank, order.first_rank + order.local_world):
-            try:
-                path = self._workspace.report_path(rank)
-                if path.stat().st_size > REPORT_BYTES:
-                    continue  # not written by `rm.report`, which keeps within it
-                report = json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue
-            news |= rank == 0 and report != self._progress.get(rank)
-            self._progress[rank] = report
-        return news
-
-
-def _aged(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as it leaves the node: with the age of its checkpoint, because the clocks of nodes differ.
-
-    The age is on the monotonic clock, which all processes of a node share: the wall may have been stepped meanwhile.
-    """
-    aged = dict(report)
-    at = aged.pop("checkpoint_monotonic", None)
-    if isinstance(at, int | float):
-        aged["checkpoint_age_s"] = max(0.0, time.monotonic() - at)
-    return aged
-
-
-def _describe(exit_: RankExit, node_name: str) -> str:
-    """One sentence: which rank, how it ended, and where."""
-    where = f"rank {exit_.rank} on {node_name}"
-    if exit_.error:
-        return f"{where}: {exit_.error.removeprefix(f'rank {exit_.rank}: ')}"
-    if exit_.signal is not None:
-        hint = " (out of memory?)" if exit_.signal_name == "SIGKILL" else ""
-        return f"{where} was killed by {exit_.signal_name}{hint}"
-    hint = {126: " (can't be executed?)", 127: " (command not found?)"}.get(exit_.code or 0, "")
-    return f"{where} exited with code {exit_.code}{hint}"
-
-
-def _raised(workspace: Workspace, order: RunOrder, exit_: RankExit) -> str | None:
-    """For a function that raised: the exception in one line."""
-    path = result_path(workspace.result, exit_.rank)
-    if order.kind is not Kind.FUNCTION or not path.exists():
-        return None
-    error = cloudpickle.loads(path.read_bytes()).get("error") or {}
-    if not error or error["type"] == "SystemExit":
-        return None
-    first_line = (error["message"].splitlines() or [""])[0]
-    return f"rank {exit_.rank} on {order.node_name} raised {error['type']}: {first_line}"
-
-
-def _tail(workspace: Workspace, rank: int) -> list[str]:
-    """The last lines on stderr, or on stdout where stderr is silent."""
-    for stream in ("err", "out"):
-        path = workspace.log_path(rank, stream)
-        if path.exists() and (lines := last_lines(str(path), TAIL_LINES)):
-            return lines
-    return []
+            found = await asyncio.to_thread(gpu_probe.left_on, self._gpu_ids, order.key)
+            if not found:
+                return True
+            if asyncio.get_running_loop().time() > deadline:
+                log.warning("after %s there is still memory in use: %s", order.key, found)
+                return False
+            await asyncio.sleep(LOOK_S)
 
 
 def _free_port() -> int:

@@ -1,7 +1,8 @@
 """Runner actors: started in an attempt's placement group, found again by name, ended.
 
-A runner's name is `rm/<ledger key>/<attempt>/<bundle>` in namespace "rm". Names are unique in Ray: a second
-runner for the same bundle of the same attempt can't exist, which is the fence against running twice.
+A runner's name is `rm/<ledger key>/<stand>/<bundle>` in namespace "rm", where the stand is the attempt that it was
+started for. Names are unique in Ray: a second runner for the same bundle of the same attempt can't exist, which is the
+fence against running twice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from rm.runtime.runner import Runner
 
 NAMESPACE = "rm"
 CONCURRENT_CALLS = 16
+
+
+class RunnerGone(Exception):
+    """A runner that was there is no more."""
+
+    def __init__(self, attempt: str) -> None:
+        super().__init__(f"a runner of {attempt} died while nobody was looking")
 
 
 class Runners:
@@ -54,6 +62,17 @@ class Runners:
             ).remote()
             for bundle in range(gang.count)
         ]
+
+    async def find(self, attempt: str, count: int) -> list[Any]:
+        """As `start`, but none is started. Raises RunnerGone where one is not there."""
+        return await asyncio.to_thread(self._find, attempt, count)
+
+    def _find(self, attempt: str, count: int) -> list[Any]:
+        try:
+            names = [self._name(attempt, bundle) for bundle in range(count)]
+            return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+        except ValueError as error:
+            raise RunnerGone(attempt) from error
 
     async def kill(self, attempt: str, count: int) -> None:
         """End the attempt's runners, if there are any. Their keepers end what is left of user code."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probes import groups, wait_until
+from probes import cold_groups, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -49,7 +49,7 @@ def test_a_job_whose_group_somebody_removes_is_tried_again(client, tmp_path: Pat
 
     job = client.submit("[ $RM_ATTEMPT = $RM_JOB_ID.2 ] || sleep 1000", nodes=2, gpus_per_node=4)
     wait_until(lambda: job.status == "RUNNING", what="it runs")
-    remove_placement_group(group_named(f"rm/{client.ledger_key}/{job.id}.1"))
+    remove_placement_group(group_named(f"rm/{client.ledger_key}/{job.view().stand}"))
     audit = client.audit()
     assert all(each.repaired for each in audit.findings), audit
     view = job.wait(60)
@@ -66,7 +66,7 @@ def test_a_lease_whose_group_somebody_removes_is_lost(client) -> None:
 
     with client.lease(num_gpus=2) as lease:
         job_id, began = lease.job.id, time.time()
-        remove_placement_group(group_named(f"rm/{client.ledger_key}/{job_id}.1"))
+        remove_placement_group(group_named(f"rm/{client.ledger_key}/{client.job(job_id).view().stand}"))
         (found,) = wait_until(lambda: found_since(client, began).items(), 30, "it is found")
         finding = found[1]
         assert (finding.kind, finding.what, finding.repaired) == ("lost_group", f"{job_id}.1", True)
@@ -93,7 +93,7 @@ def test_the_allocator_audits_itself(client) -> None:
         60,
         "found without being asked",
     )
-    assert groups() == []
+    assert cold_groups(client) == []
 
 
 def test_a_group_of_ours_that_nobody_owns_is_removed_and_a_strangers_is_not(client) -> None:
@@ -127,7 +127,7 @@ def test_a_group_of_ours_that_nobody_owns_is_removed_and_a_strangers_is_not(clie
         # With its group goes its runner: in time for an audit to see both, or not.
         assert found.keys() - {("orphan_runner", "j999999.1/0")} == expected
         assert all(each.repaired for each in found.values()), found
-        assert groups() == ["rm/another/j1.1"]
+        assert cold_groups(client) == ["rm/another/j1.1"]
         group_named("theirs")
         assert ray.get(foreign.here.remote())
         assert client.audit().findings == ()

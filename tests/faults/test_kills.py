@@ -9,15 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from probes import actor_pids, user_processes, wait_until
+from probes import actor_pids, runner_pid, user_processes, wait_until
 
 from rm.errors import AllocatorUnavailable
 
 pytestmark = pytest.mark.ray
-
-
-def runner_pid(client, bundle: str) -> int:
-    return actor_pids()[f"rm/{client.hello()['ledger_key']}/{bundle}"]
 
 
 def processes_of(job_id: str) -> list[int]:
@@ -80,7 +76,7 @@ def test_a_killed_runner_loses_its_processes_and_the_job_is_tried_again(client, 
     job = client.submit(script, num_gpus=1)
     wait_until(lambda: job.status == "RUNNING", what="it runs")
     first = wait_until(lambda: processes_of(job.id), what="its processes")
-    os.kill(runner_pid(client, f"{job.id}.1/0"), signal.SIGKILL)
+    os.kill(runner_pid(client, job), signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in first), 10, "its processes are gone")
     view = job.wait(60)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
@@ -89,7 +85,7 @@ def test_a_killed_runner_loses_its_processes_and_the_job_is_tried_again(client, 
 def test_a_killed_runner_stops_its_whole_gang(client) -> None:
     job = client.submit("sleep 1000", nodes=2, gpus_per_node=8, max_infra_retries=0, grace=1)
     wait_until(lambda: job.status == "RUNNING", what="it runs")
-    os.kill(runner_pid(client, f"{job.id}.1/1"), signal.SIGKILL)
+    os.kill(runner_pid(client, job, 1), signal.SIGKILL)
     view = job.wait(60)
     assert view.status == "FAILED"
     assert view.outcome["infra"]

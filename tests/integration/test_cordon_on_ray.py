@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probes import actor_pids, wait_until
+from probes import actor_pids, runner_pid, wait_until
 
 from rm.errors import UnknownNode
 
@@ -79,13 +79,12 @@ def test_nothing_new_comes_to_a_cordoned_node_and_what_runs_goes_on(client, tmp_
 
 
 def test_a_node_that_loses_runners_of_several_jobs_is_cordoned(client) -> None:
-    key = client.hello()["ledger_key"]
     jobs = [client.submit("sleep 1000", num_gpus=1, gpu_type="A100") for _ in range(3)]
     for job in jobs:
         wait_until(lambda job=job: job.view().status == "RUNNING", 40, "it runs")
     node = the_node_of(client, jobs[0])
     for job in jobs:
-        os.kill(actor_pids()[f"rm/{key}/{job.id}.1/0"], signal.SIGKILL)
+        os.kill(runner_pid(client, job), signal.SIGKILL)
     wait_until(lambda: status(client, node.id) == "cordoned", 40, "it is cordoned")
     (cordon,) = [each.cordon for each in client.nodes() if each.id == node.id]
     assert cordon["by"] == "health"

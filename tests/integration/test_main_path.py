@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from probes import groups, user_processes, wait_until
+from probes import cold_groups, user_processes, wait_until
 
 import rm
 from rm.errors import JobFailed, LeaseLost
@@ -49,7 +49,7 @@ def test_the_second_waits_until_the_first_has_released(client, tmp_path: Path) -
     assert second.why()["code"] == "WaitingForCapacity"
     assert second.why()["evidence"]["free_gpus"] == 0
     assert sum(node.charged_gpus for node in client.nodes()) == 24
-    assert len(groups()) == 1
+    assert len(cold_groups(client)) == 1
     gate.touch()
     assert first.wait(60).status == "SUCCEEDED"
     assert second.wait(60).status == "SUCCEEDED"

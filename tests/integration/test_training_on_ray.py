@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from probes import actor_pids, wait_until
+from probes import runner_pid, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
 
@@ -25,7 +25,7 @@ def test_a_training_whose_runner_is_killed_ends_as_if_it_had_not_been(client) ->
     slow_at_first = f"[ $RM_ATTEMPT = $RM_JOB_ID.1 ] && delay=0.2; exec {command} --step-delay ${{delay:-0}}"
     shaken = client.submit(slow_at_first, **options)
     wait_until(lambda: shaken.progress.get("step", 0) > 20, 60, "it has trained past its second checkpoint")
-    os.kill(actor_pids()[f"rm/{client.hello()['ledger_key']}/{shaken.id}.1/0"], signal.SIGKILL)
+    os.kill(runner_pid(client, shaken), signal.SIGKILL)
     view = shaken.wait(120)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
     assert calm.wait(60).status == "SUCCEEDED"

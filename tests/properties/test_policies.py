@@ -63,6 +63,7 @@ def policies(draw: st.DrawFn) -> Policy:
         max_age_s=draw(st.sampled_from([20.0, 2_000.0, 86400.0])),
         min_runtime_s=draw(st.sampled_from([0.0, 7.0])),
         settle_s=draw(st.sampled_from([0.0, 5.0, 60.0])),
+        patience_s=draw(st.sampled_from([0.0, 0.0, 30.0])),
     )
 
 

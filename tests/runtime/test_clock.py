@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rm.runtime.bundle_run import _aged
 from rm.runtime.clock import SLEW, Anchor, Clock, boot_id
-from rm.runtime.runner import _aged
 
 NOON = 1_700_000_000.0
 HOUR = 3600.0

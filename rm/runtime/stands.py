@@ -1,0 +1,233 @@
+"""Stands: placement groups with the runners in them. Handed on from one attempt to the next, or taken down.
+
+Ray needs about a second to give the GPUs of a removed group to the next one, and another to start an actor there. So
+when an attempt has ended and left nothing behind, its stand stays for `keep_s`. For the scheduler its GPUs are free.
+The next attempt that is placed on the same nodes, with the same bundles and the same runtime_env, takes it over as it
+is; what another gang needs of its GPUs makes it go at once. User code is a child process of a runner and ends with its
+attempt, so that nothing of one job is there for the next.
+
+A stand bears the name of the attempt that it was made for (Ray's groups and actors can't be renamed). Who has it now
+stands in the ledger (`Attempt.stand`), so that it is found after a restart. One that nobody has is not worth
+remembering: the next allocator removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayError
+
+from rm.core.model import Gang, PlacedBundle
+from rm.core.resources import GPU_UNIT, Bundle
+from rm.runtime.nodes import NodeWatch, Seen
+from rm.runtime.placements import Placements
+from rm.runtime.runners import Runners
+
+log = logging.getLogger("rm.stands")
+
+REMOVE_AGAIN_S = 5.0
+"""Removal is asked for again when the group is still there after this long: Ray can lose the first request."""
+
+
+@dataclass(slots=True)
+class Stand:
+    """One group with its runners. `holder`: the attempt that has it, or had it last."""
+
+    holder: str
+    name: str
+    bundle: Bundle
+    places: tuple[object, ...]
+    runtime_env: str
+    runners: list[Any]
+    node_ids: tuple[str, ...]
+    expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+    def units(self) -> Counter[str]:
+        """GPU units by node."""
+        units: Counter[str] = Counter()
+        for node_id in self.node_ids:
+            units[node_id] += self.bundle.gpu_units
+        return units
+
+
+class Stands:
+    """The stands of one ledger. Runs in the writer's event loop."""
+
+    def __init__(self, placements: Placements, runners: Runners, watch: NodeWatch, keep_s: float) -> None:
+        self._placements = placements
+        self._runners = runners
+        self._watch = watch
+        self._keep_s = keep_s
+        self._idle: dict[str, Stand] = {}
+        self._taken: dict[str, Stand] = {}
+        self._leaving: dict[str, Stand] = {}
+        """Idle ones that are being taken down, by holder like the others."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.on_gone: Callable[[str], object] | None = None
+        """Told the name of each stand that was taken down."""
+
+    # --- one attempt's ---------------------------------------------------------------------------------------
+
+    def name(self, attempt: str) -> str:
+        """The name of the attempt's stand: that of its group and of its runners."""
+        return self._placements.name(attempt)
+
+    def runners(self, attempt: str) -> list[Any]:
+        """The runners of a stand that the attempt has taken over; empty where they have to be started or found."""
+        stand = self._taken.get(attempt)
+        return stand.runners if stand is not None else []
+
+    async def take_down(self, attempt: str, node_ids: set[str], count: int) -> None:
+        """End the runners, remove the group, and see its GPUs free. Returns when that is so, however long it takes."""
+        while True:
+            try:
+                await self._runners.kill(self.name(attempt), count)
+                group_id = await self._placements.remove(attempt)
+                if group_id is None:
+                    break
+                gone = _gone(group_id, node_ids, time.monotonic())
+                if await self._watch.until(gone, REMOVE_AGAIN_S):
+                    break
+            except RayError:
+                log.warning("release of %s failed; trying again", attempt, exc_info=True)
+                await asyncio.sleep(1)
+            except Exception:
+                # Whatever it is: if we stopped here, nobody would ever give these GPUs back.
+                log.exception("release of %s broke; trying again", attempt)
+                await asyncio.sleep(1)
+        name = self.name(attempt)
+        self._taken.pop(attempt, None)
+        self._placements.forget(attempt)
+        if self.on_gone is not None:
+            self.on_gone(name)
+
+    # --- handed on -------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        attempt: str,
+        gang: Gang,
+        placed: Sequence[PlacedBundle],
+        env: dict[str, Any],
+        runners: list[Any],
+    ) -> bool:
+        """The attempt has ended and its runners are idle: keep them for the next. False where nothing is kept."""
+        if not self._keep_s or self._placements.handle(attempt) is None:
+            return False
+        self._taken.pop(attempt, None)
+        node_ids = tuple(each.node_id for each in placed)
+        stand = Stand(
+            attempt,
+            self.name(attempt),
+            gang.bundle,
+            _places(gang.bundle, placed),
+            env_key(env),
+            runners,
+            node_ids,
+        )
+        loop = asyncio.get_running_loop()
+        stand.expiry = loop.call_later(self._keep_s, self._retire, stand)
+        self._idle[attempt] = stand
+        return True
+
+    def may_take(self, gang: Gang, placed: Sequence[PlacedBundle]) -> bool:
+        """Whether an idle stand has these bundles in these places, whatever its runtime_env."""
+        places = _places(gang.bundle, placed)
+        return any(each.bundle == gang.bundle and each.places == places for each in self._idle.values())
+
+    def take(
+        self, attempt: str, gang: Gang, placed: Sequence[PlacedBundle], env: dict[str, Any]
+    ) -> Stand | None:
+        """Give an idle stand of this kind, the one used last, to the attempt; None where there is none."""
+        wanted = gang.bundle, _places(gang.bundle, placed), env_key(env)
+        for stand in reversed(self._idle.values()):
+            if (stand.bundle, stand.places, stand.runtime_env) == wanted:
+                del self._idle[stand.holder]
+                assert stand.expiry is not None
+                stand.expiry.cancel()
+                self._placements.hand_over(stand.holder, attempt)
+                stand.holder = attempt
+                self._taken[attempt] = stand
+                return stand
+        return None
+
+    def make_room(self, node_id: str, units: int) -> None:
+        """Somebody else needs so much more of the node than is free: take idle stands there down, the oldest first."""
+        coming = sum(each.units()[node_id] for each in self._leaving.values())
+        for stand in list(self._idle.values()):
+            if coming >= units:
+                return
+            if stand.units()[node_id]:
+                coming += stand.units()[node_id]
+                self._retire(stand)
+
+    def held(self) -> dict[str, dict[str, int]]:
+        """What stands without an attempt hold yet: node → name → GPU units."""
+        held: dict[str, dict[str, int]] = {}
+        for stand in (*self._idle.values(), *self._leaving.values()):
+            for node_id, units in stand.units().items():
+                held.setdefault(node_id, {})[stand.name] = units
+        return held
+
+    def unused(self) -> frozenset[str]:
+        """The names of the stands that no attempt has."""
+        return frozenset(each.name for each in (*self._idle.values(), *self._leaving.values()))
+
+    def unused_groups(self) -> frozenset[str]:
+        """The same, Ray's ids of their groups."""
+        unused = (*self._idle.values(), *self._leaving.values())
+        return frozenset(filter(None, (self._placements.group_id(each.holder) for each in unused)))
+
+    def adopt(self, attempt: str, name: str) -> None:
+        """After a restart: the attempt has the stand of this name, by the ledger."""
+        self._placements.hand_over(name, attempt)
+
+    def retire_all(self) -> None:
+        """Nobody comes any more."""
+        for stand in list(self._idle.values()):
+            self._retire(stand)
+
+    async def all_gone(self) -> None:
+        """Returns when what was to be taken down is gone."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _retire(self, stand: Stand) -> None:
+        if self._idle.pop(stand.holder, None) is None:
+            return
+        assert stand.expiry is not None
+        stand.expiry.cancel()
+        self._leaving[stand.holder] = stand
+        task = asyncio.create_task(self._retired(stand), name=f"retire {stand.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retired(self, stand: Stand) -> None:
+        try:
+            await self.take_down(stand.holder, set(stand.node_ids), len(stand.node_ids))
+        finally:
+            self._leaving.pop(stand.holder, None)
+
+
+def env_key(runtime_env: dict[str, Any]) -> str:
+    """Equal for runtime environments that are equal."""
+    return json.dumps(runtime_env, sort_keys=True, default=str) if runtime_env else ""
+
+
+def _places(bundle: Bundle, placed: Sequence[PlacedBundle]) -> tuple[object, ...]:
+    """What two gangs of equal bundles must have in common. Of a shared device, which one it is."""
+    if bundle.gpu_units % GPU_UNIT:
+        return tuple((each.node_id, each.slots) for each in placed)
+    return tuple(each.node_id for each in placed)
+
+
+def _gone(group_id: str, node_ids: set[str], since: float) -> Callable[[Seen], bool]:
+    """Whether a reading begun after `since` shows the group on none of its nodes."""
+    return lambda seen: seen.at > since and not any(seen.holds(group_id, node_id) for node_id in node_ids)

@@ -1,0 +1,90 @@
+"""What one job leaves warm is the next one's, and nothing else of it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from probes import actor_pids, groups, runner_pid, wait_until
+
+pytestmark = pytest.mark.ray
+HERE = {"num_gpus": 2, "gpu_type": "H100"}
+
+
+def ended(job: Any) -> Any:
+    view = job.wait(60)
+    assert view.status == "SUCCEEDED", view
+    return view
+
+
+def stand_of(job: Any) -> str:
+    """The attempt that the job's group was made for, by the ledger."""
+    (ready,) = [each for each in job.events() if each.kind == "PlacementReady"]
+    return ready.body["stand"] or f"{job.id}.1"
+
+
+def cold(client: Any) -> bool:
+    return not any(node.warm for node in client.nodes())
+
+
+def test_the_next_of_the_kind_takes_over_group_and_runner_and_nothing_of_the_job(client) -> None:
+    wait_until(lambda: cold(client), 20, "nothing is warm")
+    look = "echo ${LEFT:-unset} $RM_JOB_ID $PPID $(dirname $RM_REPORT_FILE) $(ls $(dirname $RM_REPORT_FILE))"
+    leave = "export LEFT=1; echo x > $(dirname $RM_REPORT_FILE)/left; (setsid sleep 1000 &)"
+    first = client.submit(f"{look}; {leave}", **HERE)
+    second = client.submit(look, after=[first.id], **HERE)
+    ended(first)
+    ended(second)
+    assert stand_of(second) == stand_of(first)
+    before, after = first.logs().split(), second.logs().split()
+    assert (before[:2], after[:2]) == (["unset", first.id], ["unset", second.id])
+    assert before[2] != after[2], "its processes have a keeper of their own"
+    assert before[3] != after[3], "and a directory"
+    assert "left" not in after
+    warm = [node for node in client.nodes() if node.warm]
+    assert [(node.warm, node.warm_gpus, node.charged_gpus) for node in warm] == [
+        ({stand_of(second): 2}, 2, 0)
+    ]
+    assert warm[0].free_gpus == 8, "what is warm is free"
+
+
+def test_another_shape_and_a_lease_do_not(client) -> None:
+    first = client.submit("true", **HERE)
+    ended(first)
+    larger = client.submit("true", num_gpus=8, gpu_type="H100")
+    ended(larger)
+    assert stand_of(larger) == f"{larger.id}.1", "and the GPUs came back for it"
+    with client.lease(num_gpus=8, gpu_type="H100", timeout=30) as lease:
+        assert stand_of(lease.job) == f"{lease.job.id}.1"
+
+
+def test_a_runner_that_died_while_it_was_warm_costs_the_next_job_nothing(client) -> None:
+    first = client.submit("sleep 0.5", **HERE)
+    wait_until(lambda: first.status == "RUNNING", what="it runs")
+    pid = runner_pid(client, first)
+    second = client.submit(f"kill -9 {pid}; sleep 0.2", num_gpus=1, gpu_type="H100", after=[first.id])
+    third = client.submit("true", **HERE, after=[second.id])
+    ended(second)
+    assert ended(third).attempts == 1
+    assert ended(third).infra_failures == 0
+
+
+def test_a_restarted_allocator_finds_the_job_that_took_over(client) -> None:
+    first = client.submit("sleep 0.2", **HERE)
+    second = client.submit("sleep 3", **HERE, after=[first.id])
+    wait_until(lambda: second.status == "RUNNING", 40, "it runs")
+    stand = second.view().stand
+    assert stand == stand_of(first)
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
+    view = ended(second)
+    assert (view.attempts, view.infra_failures) == (1, 0)
+    assert f"rm/{client.ledger_key}/{stand}" in groups(), "and it was kept once more"
+
+
+def test_a_restarted_allocator_removes_what_was_warm(client) -> None:
+    ended(client.submit("true", **HERE))
+    assert not cold(client)
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
+    wait_until(lambda: not groups(), 20, "the group that nobody has is gone")
