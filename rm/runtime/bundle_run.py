@@ -25,7 +25,7 @@ from rm.runtime.workspace import Workspace
 REPORT_S = 0.5
 """How often progress is read and passed on."""
 REPORT_BYTES = 64 * 1024
-"""Larger files were not written by `rm.report`, which keeps within it."""
+"""A larger report is not passed on: the allocator keeps the latest of 2,000 jobs."""
 TAIL_LINES = 20
 _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 """Kinds of exit that are not the fault of user code."""
@@ -172,7 +172,7 @@ class BundleRun:
             try:
                 path = self._workspace.report_path(rank)
                 if path.stat().st_size > REPORT_BYTES:
-                    continue
+                    continue  # not written by `rm.report`, which mostly keeps within it
                 report = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
