@@ -16,7 +16,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 
 def share_machine(params: Any, head: bool) -> None:  # noqa: ARG001  what Ray calls a hook with
-    """Listen on loopback alone, at ports that no other node has, under the name of the node.
+    """Listen on loopback alone, at ports and in a directory for runtime environments that no other node has.
 
     `params`: Ray's own `RayParams`. `ray start --node-ip-address=127.0.0.1` would not do: Ray replaces that by the
     machine's outward address.
@@ -25,6 +25,8 @@ def share_machine(params: Any, head: bool) -> None:  # noqa: ARG001  what Ray ca
     os.environ[SEVERAL_NODES] = "0"
     params.node_ip_address = "127.0.0.1"
     params.node_name = os.environ.get("RAY_CLOUD_INSTANCE_ID") or "127.0.0.1"
+    # Each node's agent unpacks a job's working directory anew, in place of one that another node's jobs are in.
+    params.runtime_env_dir_name = f"runtime_resources-{params.node_name}"
     params.min_worker_port = params.max_worker_port = 0
     params.dashboard_agent_listen_port = 0
     if params.object_store_memory is None:

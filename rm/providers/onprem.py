@@ -241,6 +241,8 @@ class OnPremNodeProvider(RosteredProvider):
         runner = self._runner("", self._auth)
         if runner.ssh_control_path:
             shutil.rmtree(runner.ssh_control_path, ignore_errors=True)
+            with suppress(OSError):  # another cluster's are in it
+                Path(runner.ssh_control_path).parent.rmdir()
 
     # --- reaching them -------------------------------------------------------------------------------------------
 

@@ -255,4 +255,5 @@ def test_the_hook_keeps_a_node_on_loopback(monkeypatch: pytest.MonkeyPatch) -> N
     share_machine(params, False)
     assert (params.node_ip_address, params.node_name) == ("127.0.0.1", "gpu4-1")
     assert (params.min_worker_port, params.max_worker_port, params.dashboard_agent_listen_port) == (0, 0, 0)
+    assert params.runtime_env_dir_name.endswith("-gpu4-1")
     assert os.environ[SEVERAL_NODES] == "0"
