@@ -23,18 +23,19 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
-from rm.core.cycle import schedule
 from rm.core.effects import Effect
 from rm.core.events import (
     Event,
     ForeignUseObserved,
     JobSubmitted,
+    LaunchesObserved,
     NodeJoined,
     NodeTypesObserved,
     PolicyChanged,
 )
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
+from rm.core.scaleup import decide
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -269,7 +270,7 @@ class Writer:
                     each.answer.set_exception(error)
                     refused.append(each)
         if self._scheduling:
-            for decision in schedule(self.state, now).events:
+            for decision in decide(self.state, now).events:
                 before = self._apply(decision, before, rows, effects)
         if self._check:
             self.state.check()
@@ -375,7 +376,11 @@ def _records(
 
 def _observations(state: ClusterState) -> list[Event]:
     """What is known of the nodes, as the events that say it again."""
-    events: list[Event] = [NodeTypesObserved(0, state.launchable)]
+    launches = state.launches
+    events: list[Event] = [
+        NodeTypesObserved(0, tuple(launches.types.values()), launches.most_in_all),
+        LaunchesObserved(0, tuple(launches.up.items()), tuple(launches.booting.items())),
+    ]
     for node in state.nodes.values():
         events += [
             NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),
