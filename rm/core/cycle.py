@@ -264,6 +264,8 @@ class Cycle:
         quiet = self.notes.quiet
         if quiet is None or self._for_readers or not self._still(quiet):
             return False
+        if self.state.launches.types:
+            return False  # whether nodes are launched for a new job depends on the date that it would get
         lifted = self.state.pending.lifted_since(quiet.lifted)
         if lifted is None:
             return False

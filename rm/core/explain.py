@@ -162,12 +162,12 @@ def _booting(cycle: Cycle, job: Job) -> Reason | None:
         f"{count} node{'' if count == 1 else 's'} of type {name}" for name, count in counts.items()
     )
     boot_s = max(launches.boot_s(name, policy) for name in counts)
-    state = "booting" if booting else "asked for"
+    state = "booting for it" if booting else "asked for"
     failed = _failures(cycle, job)
     instead = "".join(f"; {name} failed before ({each.message})" for name, each in failed)
     return Reason(
         reasons.NODE_BOOTING,
-        f"{nodes} {'is' if len(want.node_types) == 1 else 'are'} {state} for it{instead}",
+        f"{nodes} {'is' if len(want.node_types) == 1 else 'are'} {state}{instead}",
         {
             "node_types": counts,
             "gpu_type": want.gpu_type,

@@ -128,7 +128,9 @@ class _Trial:
                 yield real[node_id]
         for group in real.classes.values():
             numbers = [number for bucket in group.whole[:0:-1] for number in bucket]
-            numbers += sorted({number for bucket in group.partial.values() for number in bucket} - set(numbers))
+            numbers += sorted(
+                {number for bucket in group.partial.values() for number in bucket} - set(numbers)
+            )
             for number in numbers:
                 node = real.node_numbered(number)
                 if node.id not in held and looks < MOST_FREE:

@@ -7,9 +7,9 @@ cycle plans nothing, and that no promised date moves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from collections import Counter
 from itertools import groupby
 from typing import Any
 

@@ -19,11 +19,11 @@ from rm.errors import RmError
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.yaml"))
-EXPECTED = {"decisions", "waiting", "ended", "refused", "cut", "due"}
+EXPECTED = {"decisions", "wanted", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
     "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
-    "cordon", "drain", "uncordon",
+    "cordon", "drain", "uncordon", "launches", "launch_failed",
 }  # fmt: skip
 
 
