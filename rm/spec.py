@@ -456,6 +456,8 @@ class Config(BaseSettings):
     """How long a pinned placement group may stay pending before the plan is given up and made anew."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """How long runners may take to start, runtime_env (pip) included."""
+    autoscaling_config: Path = Path("~/ray_bootstrap_config.yaml")
+    """The configuration that the Ray autoscaler reads, on the head: the labels of its node types stand nowhere else."""
     max_pending: Annotated[int, Field(gt=0)] = 100_000
     max_log_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Most that one rank's stdout or stderr may keep in the log store; the rest is dropped and counted."""
@@ -468,6 +470,7 @@ class Config(BaseSettings):
                 "home": home,
                 "ledger_url": self.ledger_url or f"sqlite:///{home / 'ledger.sqlite'}",
                 "checkpoint_root": self.checkpoint_root or str(home / "checkpoints"),
+                "autoscaling_config": self.autoscaling_config.expanduser().absolute(),
             }
         )
 

@@ -37,7 +37,9 @@ from rm.errors import (
     UnknownJob,
 )
 from rm.ledger import Ledger
+from rm.runtime.asks import Asks
 from rm.runtime.audit import Audit
+from rm.runtime.autoscaler import Autoscaler
 from rm.runtime.clock import Anchor, Clock, boot_id
 from rm.runtime.drafts import Dependencies, draft
 from rm.runtime.gangs import Gangs
@@ -67,7 +69,6 @@ from rm.views import (
 log = logging.getLogger("rm.allocator")
 
 HOLDERS_LOOK_S = 1.0
-NODE_TYPES_LOOK_S = 60.0
 LONGEST_WAIT_S = 30.0
 """Longest that one `wait` call lasts; the client asks again. Short enough to survive proxies and restarts."""
 SPECS_KEPT = 2_000
@@ -122,9 +123,21 @@ class Allocator:
         runners = Runners(self._ledger.key)
         self._watch = NodeWatch(
             lambda event: self._writer.post(event),
-            self._placements.ours,
+            lambda group_id: self._placements.ours(group_id) or self._asks.ours(group_id),
             clock=self._clock,
             poll_s=config.node_poll_s,
+        )
+        self._autoscaler = Autoscaler(
+            lambda event: self._writer.post(event),
+            clock=self._clock,
+            busy=lambda: self._asks.busy,
+            config_file=config.autoscaling_config,
+        )
+        self._asks = Asks(
+            self._ledger.key,
+            seen=lambda: self._watch.seen,
+            known=lambda: self._writer.view().nodes.keys(),
+            types=lambda: self._autoscaler.types,
         )
         self._gangs = Gangs(
             self._ledger,
@@ -140,6 +153,7 @@ class Allocator:
             self._ledger,
             clock=self._clock,
             execute=self._gangs.execute,
+            want=self._asks.want,
             max_pending=config.max_pending,
             check=bool(os.environ.get("RM_CHECK")),
         )
@@ -159,7 +173,8 @@ class Allocator:
         self._writer.recover()
         await self._remove_orphans(runners)
         await self._watch.observe()
-        await self._watch.observe_node_types()
+        with contextlib.suppress(Exception):
+            await self._autoscaler.look()
         for job in self._writer.state.jobs.values():
             if job.ttl_s is not None:
                 self._holders.add(job.array or job.id, job.ttl_s)
@@ -168,7 +183,8 @@ class Allocator:
             asyncio.create_task(self._writer.run()),
             asyncio.create_task(self._watch.run()),
             asyncio.create_task(self._listen_for_holders()),
-            asyncio.create_task(self._look_at_node_types()),
+            asyncio.create_task(self._autoscaler.run()),
+            asyncio.create_task(self._asks.run()),
             asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
@@ -194,12 +210,6 @@ class Allocator:
             for held in self._holders.silent():
                 for job_id in self._live_members(held) or [held]:
                     self._writer.post(StopRequested(self._clock(), job_id, StopCause.HOLDER_LOST))
-
-    async def _look_at_node_types(self) -> None:
-        while True:
-            await asyncio.sleep(NODE_TYPES_LOOK_S)
-            with contextlib.suppress(Exception):
-                await self._watch.observe_node_types()
 
     # --- asked by clients ----------------------------------------------------------------------------------
 
@@ -414,6 +424,7 @@ class Allocator:
         await self._up()
         self._require_admin("stop the allocator", by)
         if keep:
+            await self._asks.close()
             return
         live = list(self._writer.view().jobs.values())
         if live and not cancel:
@@ -426,6 +437,7 @@ class Allocator:
             await self._writer.request(StopRequested(self._clock(), job.id, StopCause.CANCELLED, by))
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
+        await self._asks.close()
         self._writer.stop()
 
     # --- asked by administrators ---------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from rm.core.events import (
     NodeTypesObserved,
     PolicyChanged,
 )
+from rm.core.launches import Wanted
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
 from rm.core.scaleup import decide
@@ -77,12 +78,14 @@ class Writer:
         *,
         clock: Callable[[], float],
         execute: Callable[[Iterable[Effect]], None],
+        want: Callable[[Wanted], None] = lambda _: None,
         max_pending: int = 100_000,
         check: bool = False,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._execute = execute
+        self._want = want
         self._max_pending = max_pending
         self._check = check
         self._inbox: list[Event | _Request] = []
@@ -247,6 +250,7 @@ class Writer:
             if isinstance(each, _Request) and each not in refused and not each.answer.done():
                 each.answer.set_result(None)
         self._execute(effects)
+        self._want(self.state.launches.wanted)
         return False
 
     def _decide(self, inbox: list[Event | _Request]) -> tuple[list[EventRow], list[Effect], list[_Request]]:
