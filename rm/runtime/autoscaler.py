@@ -1,8 +1,8 @@
 """What the Ray autoscaler says: its node types, what it launches, what it could not, what it takes away; as events.
 
-Ray's tables have the types without their labels, so labels come from where the autoscaler itself reads them: the file
-that `ray up` leaves on the head (`RM_AUTOSCALING_CONFIG` names another). Without that file a type's GPU type is known
-where it declares Ray's resource `accelerator_type:…`.
+Ray's own autoscaler publishes its node types nowhere (2.60, v2), so they are read where it reads them itself: in the
+file that `ray up` leaves on the head (`RM_AUTOSCALING_CONFIG` names another). A type's GPU type is its label, or what
+stands behind Ray's resource `accelerator_type:`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Autoscaler:
 
     async def run(self) -> None:
         """Look for ever. A look that fails (the GCS restarts) is logged, and the next one comes."""
-        failures = 0
+        failures, began = 0, time.monotonic()
         while True:
             try:
                 await self.look()
@@ -90,11 +90,13 @@ class Autoscaler:
                 if failures in (1, 10, 100):
                     log.warning("the autoscaler can't be read (%d times in a row)", failures, exc_info=True)
             booting = bool(self._launches and self._launches.booting)
-            await asyncio.sleep(BUSY_S if self.types and (booting or self._busy()) else CALM_S)
+            # A head that has just started publishes its node types some seconds later.
+            young = not self.types and time.monotonic() - began < TYPES_S
+            await asyncio.sleep(BUSY_S if young or booting or self._busy() else CALM_S)
 
     async def look(self) -> None:
         """One look, and the events that it brings."""
-        if time.monotonic() - self._types_at >= TYPES_S:
+        if not self.types or time.monotonic() - self._types_at >= TYPES_S:
             types, most_in_all = await asyncio.to_thread(read_types, self._file)
             self._types_at = time.monotonic()
             if (types, most_in_all) != (self.types, self._most_in_all):
@@ -150,24 +152,25 @@ def provider_words(details: str) -> str:
 
 
 def read_types(config_file: Path) -> tuple[dict[str, LaunchType], int | None]:
-    """The worker types that the autoscaler has published, by name, and the most nodes of all. Empty without one."""
+    """The worker types by name, and the most nodes of all. Empty where no autoscaler is known of.
+
+    Other autoscalers than Ray's own (Kubernetes, Anyscale) publish the types in Ray's tables, without labels.
+    """
     from ray._private.state import state
 
-    published = state.get_cluster_config()
-    if published is None:
-        return {}, None
     config = _read_file(config_file)
-    known = config.get("available_node_types") or {}
     types = {}
-    for each in published.node_group_configs:
-        labels = {
-            key: str(value) for key, value in ((known.get(each.name) or {}).get("labels") or {}).items()
-        }
-        launch_type = launch_type_of(each.name, dict(each.resources), labels, each.max_count)
-        if launch_type.shape.most:
-            types[each.name] = launch_type
-    most = config.get("max_workers") if known else None
-    return types, most if isinstance(most, int) else None
+    for name, said in (config.get("available_node_types") or {}).items():
+        labels = {key: str(value) for key, value in (said.get("labels") or {}).items()}
+        types[name] = launch_type_of(name, said.get("resources") or {}, labels, said.get("max_workers", 0))
+    published = state.get_cluster_config()
+    for each in published.node_group_configs if published is not None else ():
+        if each.name not in types:
+            types[each.name] = launch_type_of(each.name, dict(each.resources), {}, each.max_count)
+    most = config.get("max_workers")
+    return {name: each for name, each in types.items() if each.shape.most}, most if isinstance(
+        most, int
+    ) else None
 
 
 def launch_type_of(name: str, resources: dict[str, float], labels: dict[str, str], most: int) -> LaunchType:

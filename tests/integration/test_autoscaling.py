@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 from probes import groups, wait_until
 
+from rm.errors import Infeasible
+
 pytestmark = [pytest.mark.own_ray, pytest.mark.long]
 
 TYPES = {
@@ -57,12 +59,22 @@ def autoscaling() -> Iterator[SimpleNamespace]:
             assert address, (Path(directory) / "log").read_text()[-2000:]
             home = Path(directory) / "home"
             config = Config(home=home, autoscaling_config=Path(directory) / "autoscaling.json")
-            yield SimpleNamespace(client=rm.connect(address, config=config), address=address)
+            client = rm.connect(address, config=config)
+            wait_until(lambda: _knows_types(client), 30, "the autoscaler has published its node types")
+            yield SimpleNamespace(client=client, address=address)
         finally:
             ray.shutdown()
             process.stdin.close()
             process.wait(60)
             process.stdout.close()
+
+
+def _knows_types(client) -> bool:
+    try:
+        client.submit("true", num_gpus=1, hold=True).cancel()
+    except Infeasible:
+        return False
+    return True
 
 
 def most_nodes(seen: list[int], client) -> int:
