@@ -204,6 +204,11 @@ class Client:
         """The cluster's nodes: what is charged to jobs, held by other work, and free."""
         return NodeList(self._allocator("nodes"))
 
+    def scale(self) -> dict[str, Any]:
+        """What is asked of the Ray autoscaler: `types` by name, and `asks` with the jobs that they are for."""
+        found: dict[str, Any] = self._allocator("scale")
+        return found
+
     def cordon(self, *nodes: str, reason: str = "") -> list[NodeView]:
         """Place nothing new on these nodes; what runs there goes on. Raises UnknownNode.
 

@@ -162,6 +162,30 @@ def _note(view: JobView) -> str:
     return ", ".join(filter(None, [progress(view), where]))
 
 
+def scale_table(scale: Mapping[str, Any]) -> Table:
+    """One row per node type: how many nodes are up, boot and are wanted, for whom, and what failed.
+
+    PRICE, in an hour, is left out where no type has one.
+    """
+    priced = any(each["price"] is not None for each in scale["types"].values())
+    rows = []
+    for name, each in scale["types"].items():
+        jobs = [job for ask in scale["asks"] if name in ask["node_types"] for job in ask["jobs"]]
+        more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
+        failed = each["failed"]
+        note = (
+            f"failed, again in {span(max(0.0, failed['until'] - scale['at']))}: {failed['message']}"
+            if failed
+            else ""
+        )
+        numbers = (str(each[count]) for count in ("gpus", "up", "booting", "wanted", "most"))
+        price = ["–" if each["price"] is None else f"{each['price']:g}"] if priced else []
+        for_whom = plain(", ".join(jobs[:5]) + more) or "–"
+        rows.append((plain(name), plain(each["gpu_type"] or "–"), *numbers, *price, for_whom, plain(note)))
+    names = ("NODE TYPE", "TYPE", "GPUS", "UP", "BOOTING", "WANTED", "MOST", *(["PRICE"] if priced else []))
+    return grid((*names, "FOR", "NOTE"), rows, {"GPUS", "UP", "BOOTING", "WANTED", "MOST", "PRICE"})
+
+
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them.
 

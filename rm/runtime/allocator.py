@@ -390,6 +390,45 @@ class Allocator:
         await self._up()
         return self._node_views(self._writer.view().nodes.values())
 
+    async def scale(self) -> dict[str, Any]:
+        """What is asked of the autoscaler and for whom, what boots, and what failed. Amounts are nodes.
+
+        `types`: by node type `up`, `booting`, `most`, `wanted`, `price` (of a node in an hour, or None) and `failed`
+        (None, or the `message` and the moment `until` which nothing is asked of it). `asks`: `node_types`, `jobs`.
+        `price`, `price_wanted`: in an hour, of what is up and of what is wanted besides; types without one left out.
+        """
+        await self._up()
+        launches, policy, now = self._writer.state.launches, self._writer.state.policy, self._clock()
+        wanted = launches.wanted.nodes()
+        failed = {
+            name: {"message": each.message, "until": each.until, "in_a_row": each.in_a_row}
+            for name, each in launches.failures.items()
+            if now < each.until
+        }
+        types = {
+            name: {
+                "gpus": shape.gpu_slots,
+                "gpu_type": shape.gpu_type,
+                "up": launches.up.get(name, 0),
+                "booting": launches.booting.get(name, 0),
+                "wanted": wanted.get(name, 0),
+                "most": shape.most,
+                "price": policy.prices.get(name),
+                "failed": failed.get(name),
+            }
+            for name, shape in launches.types.items()
+        }
+        return {
+            "at": now,
+            "types": types,
+            "most_in_all": launches.most_in_all,
+            "asks": [
+                {"node_types": list(ask.node_types), "jobs": list(ask.jobs)} for ask in launches.wanted.asks
+            ],
+            "price": sum((each["price"] or 0.0) * each["up"] for each in types.values()),
+            "price_wanted": sum((each["price"] or 0.0) * each["wanted"] for each in types.values()),
+        }
+
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons = self._writer.view(), self._writer.state.cordons
         on: dict[str, list[str]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ BUSY_S, CALM_S = 1.0, 10.0
 MOST_OF_A_TYPE = 1000
 """Where a type has no bound."""
 MESSAGE_CHARS = 500
+LOG_BYTES = 2**18
+"""Of the end of the autoscaler's log in which a failure's words are looked for."""
 _ACCELERATOR = "accelerator_type:"
 
 
@@ -132,7 +135,7 @@ class Autoscaler:
         }
         before = failed if self._failed is None else self._failed
         for name, _, _, details in sorted(failed - before):
-            self._post(LaunchFailed(now, name, provider_words(details)))
+            self._post(LaunchFailed(now, name, provider_words(name, details, _log_file())))
         self._failed = failed
 
     def _report_leaving(self, draining: set[str], alive: set[str], now: float) -> None:
@@ -144,11 +147,36 @@ class Autoscaler:
         self._leaving = (self._leaving | draining) & alive
 
 
-def provider_words(details: str) -> str:
-    """The provider's message out of what the autoscaler says about it."""
-    lines = [line.strip() for line in details.splitlines() if line.strip()]
-    words = lines[-1] if lines else "the provider gave no reason"
+def provider_words(node_type: str, details: str, log_file: Path | None) -> str:
+    """The provider's message: what the autoscaler reports of it, else what it has logged last about the type.
+
+    In Ray 2.60 the report leaves the provider's own error out.
+    """
+    words = " ".join(details.split())
+    if not words or words.endswith(":"):
+        words = _logged(node_type, log_file) or words or "the provider gave no reason"
     return words if len(words) <= MESSAGE_CHARS else words[: MESSAGE_CHARS - 1] + "…"
+
+
+def _logged(node_type: str, log_file: Path | None) -> str:
+    try:
+        if log_file is None:
+            return ""
+        with log_file.open("rb") as file:
+            file.seek(max(0, log_file.stat().st_size - LOG_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""  # the allocator is not on the head
+    said = re.findall(rf"Failed to launch \d+ nodes of type {re.escape(node_type)}: (.+)", text)
+    return str(said[-1]).strip() if said else ""
+
+
+def _log_file() -> Path | None:
+    """Where the autoscaler logs, if this is the head."""
+    from ray._private.worker import global_worker
+
+    node = global_worker.node
+    return Path(node.get_logs_dir_path(), "monitor.log") if node is not None else None
 
 
 def read_types(config_file: Path) -> tuple[dict[str, LaunchType], int | None]:

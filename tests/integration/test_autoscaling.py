@@ -85,7 +85,7 @@ def most_nodes(seen: list[int], client) -> int:
 def test_jobs_bring_nodes_up_and_nodes_go_when_nobody_needs_them(autoscaling: SimpleNamespace) -> None:
     client, seen = autoscaling.client, []
     assert sum(node.gpus for node in client.nodes()) == 0
-    jobs = [client.submit("sleep 3", num_gpus=1) for _ in range(6)]
+    jobs = [client.submit("sleep 12", num_gpus=1) for _ in range(6)]
     wait_until(lambda: jobs[0].why()["code"] == "NodeBooting", 10, "nodes are asked for")
 
     def done() -> bool:
@@ -106,6 +106,7 @@ def test_a_type_that_cannot_be_had_gives_way_to_the_next(autoscaling: SimpleName
     only = client.submit("true", num_gpus=2, gpu_type="H100")
     wait_until(lambda: only.why()["code"] == "LaunchFailed", 60, "the launch failed")
     assert "no h2 in this zone" in only.why()["message"]
+    assert "no h2 in this zone" in client.scale()["types"]["h2"]["failed"]["message"]
     either = client.submit("true", num_gpus=2, gpu_type="H100,A100")
     wait_until(lambda: either.status == "SUCCEEDED", 90, "it ran on the other type")
     only.cancel()
