@@ -384,7 +384,8 @@ MUTATIONS = (
     # --- what is wanted of an autoscaler ---
     M("no more is wanted than can be launched", "launches", "- self.up.get(name, 0) - self.booting.get(name, 0)", ""),
     M("all types together have a bound", "launches", "count if room is None else min(count, room)", "count"),
-    M("a type that failed is left alone", "launches", "return failure is not None and now < failure.until", "return False"),
+    M("a type that failed is left alone", "launches",
+      "return failure is not None and now < failure.until", "return False"),
     M("a boot that takes too long has failed", "launches", "if since + policy.boot_timeout_s <= now", "if False"),
     M("the largest are packed first", "scaleup", "return again if", "return placed if"),
     M("who ends soon is waited for", "scaleup", "for node_id in new) < due", "for node_id in new) < due + 1e9"),

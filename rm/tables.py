@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
@@ -172,18 +172,17 @@ def scale_table(scale: Mapping[str, Any]) -> Table:
     for name, each in scale["types"].items():
         jobs = [job for ask in scale["asks"] if name in ask["node_types"] for job in ask["jobs"]]
         more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
-        failed = each["failed"]
-        note = (
-            f"failed, again in {span(max(0.0, failed['until'] - scale['at']))}: {failed['message']}"
-            if failed
-            else ""
-        )
+        note = _failed_launch(each["failed"], scale["at"]) if each["failed"] else ""
         numbers = (str(each[count]) for count in ("gpus", "up", "booting", "wanted", "most"))
         price = ["–" if each["price"] is None else f"{each['price']:g}"] if priced else []
         for_whom = plain(", ".join(jobs[:5]) + more) or "–"
         rows.append((plain(name), plain(each["gpu_type"] or "–"), *numbers, *price, for_whom, plain(note)))
     names = ("NODE TYPE", "TYPE", "GPUS", "UP", "BOOTING", "WANTED", "MOST", *(["PRICE"] if priced else []))
     return grid((*names, "FOR", "NOTE"), rows, {"GPUS", "UP", "BOOTING", "WANTED", "MOST", "PRICE"})
+
+
+def _failed_launch(failed: Mapping[str, Any], now: float) -> str:
+    return f"failed, again in {span(max(0.0, failed['until'] - now))}: {failed['message']}"
 
 
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:

@@ -405,7 +405,7 @@ class Allocator:
             for name, each in launches.failures.items()
             if now < each.until
         }
-        types = {
+        types: dict[str, dict[str, Any]] = {
             name: {
                 "gpus": shape.gpu_slots,
                 "gpu_type": shape.gpu_type,
