@@ -216,6 +216,11 @@ class Client:
         """
         return NodeList(self._allocator("nodes", gone=gone))
 
+    def scale(self) -> dict[str, Any]:
+        """What is asked of the Ray autoscaler: `types` by name, and `asks` with the jobs that they are for."""
+        found: dict[str, Any] = self._allocator("scale")
+        return found
+
     def cordon(self, *nodes: str, reason: str = "") -> list[NodeView]:
         """Place nothing new on these nodes; what runs there goes on. Raises UnknownNode.
 

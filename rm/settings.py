@@ -28,6 +28,7 @@ MOST_GPUS = 1_000_000
 MOST_S = 100 * 365 * DAY_S
 MOST_FAILURES = 1_000
 MOST_LEVELS = 10
+MOST_PRICE = 1_000_000
 MOST_ERRORS = 20
 """Errors that one message lists."""
 DEFAULT = "default"
@@ -135,6 +136,18 @@ def _labels(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _prices(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be node types and what one costs in an hour, not {_shown(value)}")
+    for name, price in value.items():
+        number = isinstance(price, int | float) and not isinstance(price, bool)
+        if not number or not 0 <= price <= MOST_PRICE:
+            raise ValueError(
+                f"the price of {name} must be from 0 to {MOST_PRICE} an hour, not {_shown(price)}"
+            )
+    return {str(name): float(price) for name, price in value.items()}
+
+
 def _owners(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) and each for each in value):
         raise ValueError(f"must be a list of owners such as [ada, bob], not {_shown(value)}")
@@ -181,6 +194,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Weight = Annotated[float, BeforeValidator(_weight)]
 PriorityValue = Annotated[int, BeforeValidator(_priority)]
 Labels = Annotated[dict[str, str], BeforeValidator(_labels)]
+Prices = Annotated[dict[str, float], BeforeValidator(_prices)]
 Owners = Annotated[tuple[str, ...], BeforeValidator(_owners)]
 QueueName = Annotated[str, AfterValidator(_queue_name)]
 GIVEN = BeforeValidator(_given)
@@ -238,6 +252,9 @@ class Settings(BaseModel):
     settle: Span = 60.0
     predicted_limits: Flag = False
     node_failures: NodeFailures = NodeFailures()
+    boot_timeout: SomeSpan = 900.0
+    boot_time: Span = 240.0
+    prices: Prices = Field(default_factory=dict)
     admins: Owners = ()
 
     @classmethod
@@ -268,6 +285,9 @@ class Settings(BaseModel):
             "settle_s": self.settle,
             "node_failure_limit": self.node_failures.limit,
             "node_failure_window_s": self.node_failures.window,
+            "boot_timeout_s": self.boot_timeout,
+            "boot_s": self.boot_time,
+            "prices": self.prices,
             "admins": self.admins,
         }
         places = list(_places(self))

@@ -470,6 +470,8 @@ class Config(BaseSettings):
 
     For jobs their GPUs are free; other work on the Ray cluster gets them when the time is over.
     """
+    autoscaling_config: Path = Path("~/ray_bootstrap_config.yaml")
+    """The configuration that the Ray autoscaler reads, on the head: the labels of its node types stand nowhere else."""
     max_pending: Annotated[int, Field(gt=0)] = 100_000
     """Most jobs that may wait, everybody's together."""
     max_pending_per_owner: Annotated[int, Field(gt=0)] = 25_000
@@ -490,6 +492,7 @@ class Config(BaseSettings):
                 "home": home,
                 "ledger_url": self.ledger_url or f"sqlite:///{home / 'ledger.sqlite'}",
                 "checkpoint_root": self.checkpoint_root or str(home / "checkpoints"),
+                "autoscaling_config": self.autoscaling_config.expanduser().absolute(),
             }
         )
 

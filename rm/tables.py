@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
@@ -160,6 +160,29 @@ def _note(view: JobView) -> str:
         return reason(view.reason)
     where = f"on {', '.join(view.nodes)}" if view.nodes else ""
     return ", ".join(filter(None, [progress(view), where]))
+
+
+def scale_table(scale: Mapping[str, Any]) -> Table:
+    """One row per node type: how many nodes are up, boot and are wanted, for whom, and what failed.
+
+    PRICE, in an hour, is left out where no type has one.
+    """
+    priced = any(each["price"] is not None for each in scale["types"].values())
+    rows = []
+    for name, each in scale["types"].items():
+        jobs = [job for ask in scale["asks"] if name in ask["node_types"] for job in ask["jobs"]]
+        more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
+        note = _failed_launch(each["failed"], scale["at"]) if each["failed"] else ""
+        numbers = (str(each[count]) for count in ("gpus", "up", "booting", "wanted", "most"))
+        price = ["–" if each["price"] is None else f"{each['price']:g}"] if priced else []
+        for_whom = plain(", ".join(jobs[:5]) + more) or "–"
+        rows.append((plain(name), plain(each["gpu_type"] or "–"), *numbers, *price, for_whom, plain(note)))
+    names = ("NODE TYPE", "TYPE", "GPUS", "UP", "BOOTING", "WANTED", "MOST", *(["PRICE"] if priced else []))
+    return grid((*names, "FOR", "NOTE"), rows, {"GPUS", "UP", "BOOTING", "WANTED", "MOST", "PRICE"})
+
+
+def _failed_launch(failed: Mapping[str, Any], now: float) -> str:
+    return f"failed, again in {span(max(0.0, failed['until'] - now))}: {failed['message']}"
 
 
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from rm.core.backfill import Reservation, needs, still_good
-from rm.core.cycle import Notes, schedule
+from rm.core.cycle import Notes
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     Event,
@@ -34,6 +34,7 @@ from rm.core.events import (
 from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy
 from rm.core.policy import Policy
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, gpu_units
+from rm.core.scaleup import decide
 from rm.core.state import ClusterState
 from rm.errors import InternalError
 
@@ -138,18 +139,22 @@ class FakeCluster:
             effects += self._apply(event)
         for due in self.state.due(self.now):
             effects += self._apply(due)
-        decisions = schedule(self.state, self.now).events
+        decisions = decide(self.state, self.now).events
         for decision in decisions:
             effects += self._apply(decision)
         self._check_dates(any(isinstance(each, JobAdmitted) for each in decisions))
+        wanted = self.state.launches.wanted
         for afresh in (False, True):
             if afresh and isinstance(notes := self.state.plans.get("cycle"), Notes):
-                notes.quiet = (
-                    None  # nor does one that trusts no other to have seen that nothing is to be done
-                )
-            again = schedule(self.state, self.now).events
+                # Nor does one that trusts no other to have seen that nothing is to be done.
+                notes.quiet = None
+            again = decide(self.state, self.now).events
             if again:
                 raise InternalError(f"a second cycle at the same moment plans {again}")
+            if self.state.launches.wanted != wanted:
+                raise InternalError(
+                    f"at the same moment {wanted} and {self.state.launches.wanted} are wanted"
+                )
         self._answer(effects)
         self.check()
 

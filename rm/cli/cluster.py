@@ -35,6 +35,22 @@ def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
     return 0
 
 
+def scale(ctx: typer.Context, as_json: AsJson = False) -> int:
+    """What the Ray autoscaler is asked for, for whom, what it launches, and what it could not."""
+    found = connect(ctx).scale()
+    if as_json:
+        show_json(found)
+    elif found["types"]:
+        show(tables.scale_table(found))
+        if found["price"] or found["price_wanted"]:
+            show(
+                f"{found['price']:g} an hour for what is up, {found['price_wanted']:g} for what is wanted besides"
+            )
+    else:
+        note("no autoscaler is known: RM_AUTOSCALING_CONFIG names the file with its node types")
+    return 0
+
+
 def audit(
     ctx: typer.Context,
     last: Annotated[

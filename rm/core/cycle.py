@@ -158,7 +158,7 @@ class Cycle:
         failed = self.notes.failed
         if for_readers:
             failed = {queue: dict(known) for queue, known in failed.items()}
-        self._searches = Searches(state, now, self.notes.options, failed, self._wake_at)
+        self._searches = Searches(state, now, self.notes.options, failed, self.wake_at)
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
         self._claims = self._victims_gone()
@@ -189,9 +189,9 @@ class Cycle:
         for queue, kind, units in reversed(self._quota_trial):
             self.state.books.quota.add(queue, kind, -units)
         if self.state.policy.order is Order.SHORTEST_FIRST and self.state.pending.groups:
-            self._wake_at(self.now + LOOK_AGAIN_S)
+            self.wake_at(self.now + LOOK_AGAIN_S)
         elif self._searches.exhausted:
-            self._wake_at(self.now + AGAIN_S)
+            self.wake_at(self.now + AGAIN_S)
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
             self.notes.moves = self.state.books.moves
@@ -209,11 +209,11 @@ class Cycle:
             key = self._alike(job)
             if key not in known:
                 if len(known) == REASONS:
-                    self._wake_at(self.now + NEXT_REASONS_S)
+                    self.wake_at(self.now + NEXT_REASONS_S)
                     break
                 known[key] = reason_of(self, job)
             if len(events) == CHECKS:
-                self._wake_at(self.now + NEXT_REASONS_S)
+                self.wake_at(self.now + NEXT_REASONS_S)
                 break
             events.append(AvailabilityChecked(self.now, job_id, known[key]))
         for event in self._events:
@@ -270,6 +270,8 @@ class Cycle:
         quiet = self.notes.quiet
         if quiet is None or self._for_readers or not self._still(quiet):
             return False
+        if self.state.launches.types:
+            return False  # whether nodes are launched for a new job depends on the date that it would get
         lifted = self.state.pending.lifted_since(quiet.lifted)
         if lifted is None:
             return False
@@ -596,7 +598,7 @@ class Cycle:
         if reservation.at == inf and self.now < patient_until:
             self._patient |= reservation.classes
             self._kept_version += 1
-            self._wake_at(patient_until)
+            self.wake_at(patient_until)
             return
         self._keep(job, option, reservation)
         self._fit &= fitting(self.state)
@@ -714,7 +716,7 @@ class Cycle:
             return 0, False
         return job.priority, waited_long(job, self.now, self.state)
 
-    def _wake_at(self, at: float) -> None:
+    def wake_at(self, at: float) -> None:
         self._wake = at if self._wake is None else min(self._wake, at)
 
     def unsought(self, job: Job, options: Sequence[Option]) -> bool:

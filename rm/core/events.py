@@ -234,11 +234,37 @@ class ForeignUseObserved:
 
 @dataclass(frozen=True, slots=True)
 class NodeTypesObserved:
-    """What the autoscaler could still launch. Empty where no autoscaler runs."""
+    """The node types that the autoscaler may launch, each with its `most`. Empty where no autoscaler runs.
+
+    `most_in_all`: of all types together; None where only the types have bounds.
+    """
 
     durable: ClassVar[bool] = False
     at: float
     shapes: tuple[NodeShape, ...]
+    most_in_all: int | None = None
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchesObserved:
+    """How many nodes of each type are up, and how many are on their way: asked for, launched, booting."""
+
+    durable: ClassVar[bool] = False
+    at: float
+    up: tuple[tuple[str, int], ...]
+    booting: tuple[tuple[str, int], ...]
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """A node of the type could not be had: `message` is the provider's, or says that it took too long."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_type: str
+    message: str
     job_id: ClassVar[None] = None
 
 
@@ -263,4 +289,6 @@ Event = (
     | CordonInherited
     | ForeignUseObserved
     | NodeTypesObserved
+    | LaunchesObserved
+    | LaunchFailed
 )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rm.core import reasons
 from rm.core.backfill import Reservation, class_ids, end_if_started
-from rm.core.capacity import NodeClass, usable
+from rm.core.capacity import NodeClass, matches, usable
+from rm.core.launches import LaunchFailure
 from rm.core.model import Gang, Job
 from rm.core.options import Option
 from rm.core.placement import feasible, place
@@ -64,13 +65,14 @@ def _promised(cycle: Cycle, job: Job, reason: Reason, reservation: Reservation) 
 def _reason_of(cycle: Cycle, job: Job) -> Reason:
     if job.id in cycle.admitted:
         return Reason(reasons.NOT_EVALUATED, "fits now; the next cycle will start it")
-    found = _must_not_start(cycle, job) or _cannot_ever(cycle, job)
+    found = _must_not_start(cycle, job) or _booting(cycle, job) or _cannot_ever(cycle, job)
     if found is not None:
         return found
     options = cycle.notes.options.of(job.queue, job.gang)
     return (
         _quota(cycle, job, options)
         or _coming(cycle, job)
+        or _launch_failed(cycle, job)
         or _cut_off(cycle, job, options)
         or _kept_for_others(cycle, job, options)
         or _fragmented(cycle, job, options)
@@ -125,7 +127,7 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
             "it starts when they are uncordoned; `rmctl nodes` says by whom they are cordoned, and why",
         )
     if feasible(gang, all_shapes):
-        return Reason(
+        return _launch_failed(cycle, job) or Reason(
             reasons.WAITING_FOR_CAPACITY,
             f"needs {job.gang}; no node that is up could hold it, one that can be launched could",
             evidence,
@@ -146,6 +148,66 @@ def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
         evidence,
         "it starts when a node that can hold it joins; cancel it if none will",
     )
+
+
+def _booting(cycle: Cycle, job: Job) -> Reason | None:
+    """Nodes are asked for it."""
+    launches, policy = cycle.state.launches, cycle.state.policy
+    want = launches.wanted.wants.get(job.id)
+    if want is None:
+        return None
+    counts = {name: want.node_types.count(name) for name in want.node_types}
+    booting = {name: launches.booting[name] for name in counts if launches.booting.get(name)}
+    nodes = " and ".join(
+        f"{count} node{'' if count == 1 else 's'} of type {name}" for name, count in counts.items()
+    )
+    boot_s = max(launches.boot_s(name, policy) for name in counts)
+    state = "booting for it" if booting else "asked for"
+    failed = _failures(cycle, job)
+    instead = "".join(f"; {name} failed before ({each.message})" for name, each in failed)
+    return Reason(
+        reasons.NODE_BOOTING,
+        f"{nodes} {'is' if len(want.node_types) == 1 else 'are'} {state}{instead}",
+        {
+            "node_types": counts,
+            "gpu_type": want.gpu_type,
+            "booting": booting,
+            "boot_s": boot_s,
+            "failed": {name: each.message for name, each in failed},
+        },
+        f"it starts when what it needs has joined; a boot takes about {boot_s / 60:.0f} min",
+    )
+
+
+def _launch_failed(cycle: Cycle, job: Job) -> Reason | None:
+    """A node type that could hold the job is in a pause, since nobody could get a node of it."""
+    failed = _failures(cycle, job)
+    if not failed or job.id in cycle.kept.reservations:
+        return None
+    name, failure = max(failed, key=lambda each: each[1].at)
+    wait_s = min(each.until for _, each in failed) - cycle.now
+    return Reason(
+        reasons.LAUNCH_FAILED,
+        f"a node of type {name} could not be had: {failure.message}",
+        {
+            "failed": {each: one.message for each, one in failed},
+            "in_a_row": failure.in_a_row,
+            "again_at": min(each.until for _, each in failed),
+        },
+        f"it is tried again in {wait_s:.0f} s; another gpu_type, or a list of them, could start sooner",
+    )
+
+
+def _failures(cycle: Cycle, job: Job) -> list[tuple[str, LaunchFailure]]:
+    launches, gang = cycle.state.launches, cycle.wanted(job)
+    return [
+        (name, failure)
+        for name, failure in launches.failures.items()
+        if cycle.now < failure.until
+        and name in launches.types
+        and launches.types[name].gpu_slots * GPU_UNIT >= gang.bundle.gpu_units
+        and matches(gang, launches.types[name].labels)
+    ]
 
 
 def _exceeds_quota(cycle: Cycle, job: Job) -> Reason | None:

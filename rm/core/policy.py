@@ -109,6 +109,12 @@ class Policy:
     node_failure_window_s: float = 600.0
     settle_s: float = 60.0
     """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""
+    boot_timeout_s: float = 900.0
+    """A node type that is wanted and of which no node joins for so long counts as failed for a while."""
+    boot_s: float = 240.0
+    """How long a node takes to join, until boots of its type have been seen."""
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """By node type, what a node costs in an hour: the cheaper one is wanted where two types waste as little."""
     admins: tuple[str, ...] = ()
     """Owners who may change everybody's jobs and these rules. Empty: everybody may. No decision of the core's."""
 

@@ -36,6 +36,8 @@ from rm.core.events import (
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
+    LaunchesObserved,
+    LaunchFailed,
     NodeCordoned,
     NodeJoined,
     NodeLost,
@@ -53,6 +55,7 @@ from rm.core.events import (
 from rm.core.fairshare import Usage
 from rm.core.gittins import Remaining
 from rm.core.health import BY, Failure, Health
+from rm.core.launches import Launches
 from rm.core.model import (
     Attempt,
     Cordon,
@@ -86,7 +89,7 @@ class ClusterState:
         self.policy = policy or Policy()
         self.jobs: dict[str, Job] = {}
         self.capacity = Capacity()
-        self.launchable: tuple[NodeShape, ...] = ()
+        self.launches = Launches()
         self.cordons: dict[str, Cordon] = {}
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
         self.health = Health()
@@ -117,6 +120,11 @@ class ClusterState:
     def totals(self) -> Totals:
         return self.capacity.totals()
 
+    @property
+    def launchable(self) -> tuple[NodeShape, ...]:
+        """The shapes of node that could join, and how many of each beyond those that are up."""
+        return self.launches.shapes()
+
     def node_shapes(self) -> tuple[NodeShape, ...]:
         """Every shape of node that the cluster has or could launch."""
         return self.capacity.shapes() + self.launchable
@@ -129,18 +137,22 @@ class ClusterState:
         """The same without nodes that are cordoned."""
         return self.capacity.shapes(with_cordoned=False)
 
-    def due(self, now: float) -> list[StopRequested | NodeCordoned | CordonInherited]:
+    def due(self, now: float) -> list[StopRequested | NodeCordoned | CordonInherited | LaunchFailed]:
         """What follows from the state and the time alone. Called before each cycle, after what has happened.
 
-        Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often, or that came back.
+        Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often, or that came back;
+        node types of which no node joins.
         """
-        events: list[StopRequested | NodeCordoned | CordonInherited] = [
+        events: list[StopRequested | NodeCordoned | CordonInherited | LaunchFailed] = [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
             for _, job_id in self.books.deadlines[: self._due_until(now)]
         ]
         events += self._drains_due(now)
         events += self._failing(now)
         events += self._came_back(now)
+        events += [
+            LaunchFailed(now, name, why) for name, why in list(self.launches.overdue(self.policy, now))
+        ]
         return events
 
     def _drains_due(self, now: float) -> Iterable[StopRequested]:
@@ -192,13 +204,15 @@ class ClusterState:
         ]
 
     def next_due(self, now: float) -> float | None:
-        """The next moment at which time alone changes something: a time limit, the end of a pause, an age, a drain.
+        """The next moment at which time alone changes something: a time limit, the end of a pause, an age, a drain,
+        the pause of a node type.
 
         A pause that is over but whose job still waits for capacity needs no clock: `now` leaves those out.
         """
         moments = [moment for moment, _ in self.books.deadlines[self._due_until(now) :][:1]]
         drains = [each.deadline for each in self._draining() if each.node_id in self.books.charged_on]
-        for moment in (self.pending.next_moment(), self.wake_at, *drains):
+        launches = self.launches.next_moment(self.policy, now)
+        for moment in (self.pending.next_moment(), self.wake_at, launches, *drains):
             if moment is not None and moment > now:
                 moments.append(moment)
         return min(moments, default=None)
@@ -397,6 +411,7 @@ class ClusterState:
             if job.attempt is None:
                 self.pending.add(job, event.at)
         self.books.adopt_usage(old.usage.items())
+        self.launches.version += 1
         self.version += 1
         return []
 
@@ -515,8 +530,18 @@ class ClusterState:
         return []
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
-        self.launchable = event.shapes
+        self.launches.observe_types(event.shapes, event.most_in_all)
         self._nodes_changed()
+        return []
+
+    def _launches_observed(self, event: LaunchesObserved) -> list[Effect]:
+        self.launches.observe(dict(event.up), dict(event.booting), event.at)
+        self._nodes_changed()
+        return []
+
+    def _launch_failed(self, event: LaunchFailed) -> list[Effect]:
+        self.launches.fail(event.node_type, event.message, event.at)
+        self.version += 1
         return []
 
     def _nodes_changed(self) -> None:
@@ -790,4 +815,6 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     CordonInherited: ClusterState._inherited,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
+    LaunchesObserved: ClusterState._launches_observed,
+    LaunchFailed: ClusterState._launch_failed,
 }

@@ -41,7 +41,9 @@ from rm.errors import (
     UnknownJob,
 )
 from rm.ledger import Ledger
+from rm.runtime.asks import Asks
 from rm.runtime.audit import Audit
+from rm.runtime.autoscaler import Autoscaler
 from rm.runtime.clock import Anchor, Clock, boot_id
 from rm.runtime.drafts import Dependencies, Drafting, stored
 from rm.runtime.gangs import Gangs
@@ -77,7 +79,6 @@ from rm.views import (
 log = logging.getLogger("rm.allocator")
 
 HOLDERS_LOOK_S = 1.0
-NODE_TYPES_LOOK_S = 60.0
 THREADS = 256
 """Most threads for calls that block: made when needed. More than there are gangs that start or end at one moment."""
 TIDY_S = 600.0
@@ -162,11 +163,23 @@ class Allocator:
         runners = Runners(self._ledger.key)
         self._watch = NodeWatch(
             lambda event: self._writer.post(event),
-            self._placements.ours,
+            lambda group_id: self._placements.ours(group_id) or self._asks.ours(group_id),
             clock=self._clock,
             poll_s=config.node_poll_s,
         )
         self._stands = Stands(self._placements, runners, self._watch, config.keep_warm_s)
+        self._autoscaler = Autoscaler(
+            lambda event: self._writer.post(event),
+            clock=self._clock,
+            busy=lambda: self._asks.busy,
+            config_file=config.autoscaling_config,
+        )
+        self._asks = Asks(
+            self._ledger.key,
+            seen=lambda: self._watch.seen,
+            known=lambda: self._writer.view().nodes.keys(),
+            types=lambda: self._autoscaler.types,
+        )
         self._gangs = Gangs(
             self._ledger,
             config,
@@ -184,6 +197,7 @@ class Allocator:
             execute=OldWorld(
                 self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
             ).execute,
+            want=self._asks.want,
             max_pending=config.max_pending,
             max_pending_per_owner=config.max_pending_per_owner,
             check=bool(os.environ.get("RM_CHECK")),
@@ -208,7 +222,8 @@ class Allocator:
                 self._stands.adopt(attempt_key(job.id, job.attempt.number), job.attempt.stand)
         await self._remove_orphans(runners)
         await self._watch.first(self._writer.recorded)
-        await self._watch.observe_node_types()
+        with contextlib.suppress(Exception):
+            await self._autoscaler.look()
         for job in self._writer.state.jobs.values():
             if job.ttl_s is not None:
                 self._holders.add(job.array or job.id, job.ttl_s)
@@ -217,8 +232,9 @@ class Allocator:
             asyncio.create_task(self._writer.run()),
             asyncio.create_task(self._watch.run()),
             asyncio.create_task(self._listen_for_holders()),
-            asyncio.create_task(self._look_at_node_types()),
             asyncio.create_task(self._keep_tidy()),
+            asyncio.create_task(self._autoscaler.run()),
+            asyncio.create_task(self._asks.run()),
             asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
@@ -244,12 +260,6 @@ class Allocator:
             for held in self._holders.silent():
                 for job_id in self._live_members(held) or [held]:
                     self._writer.post(StopRequested(self._clock(), job_id, StopCause.HOLDER_LOST))
-
-    async def _look_at_node_types(self) -> None:
-        while True:
-            await asyncio.sleep(NODE_TYPES_LOOK_S)
-            with contextlib.suppress(Exception):
-                await self._watch.observe_node_types()
 
     async def _keep_tidy(self) -> None:
         while True:
@@ -524,6 +534,45 @@ class Allocator:
         state = self._writer.state
         return [each for node_id, each in sorted(state.cordons.items()) if node_id not in state.nodes]
 
+    async def scale(self) -> dict[str, Any]:
+        """What is asked of the autoscaler and for whom, what boots, and what failed. Amounts are nodes.
+
+        `types`: by node type `up`, `booting`, `most`, `wanted`, `price` (of a node in an hour, or None) and `failed`
+        (None, or the `message` and the moment `until` which nothing is asked of it). `asks`: `node_types`, `jobs`.
+        `price`, `price_wanted`: in an hour, of what is up and of what is wanted besides; types without one left out.
+        """
+        await self._up()
+        launches, policy, now = self._writer.state.launches, self._writer.state.policy, self._clock()
+        wanted = launches.wanted.nodes()
+        failed = {
+            name: {"message": each.message, "until": each.until, "in_a_row": each.in_a_row}
+            for name, each in launches.failures.items()
+            if now < each.until
+        }
+        types: dict[str, dict[str, Any]] = {
+            name: {
+                "gpus": shape.gpu_slots,
+                "gpu_type": shape.gpu_type,
+                "up": launches.up.get(name, 0),
+                "booting": launches.booting.get(name, 0),
+                "wanted": wanted.get(name, 0),
+                "most": shape.most,
+                "price": policy.prices.get(name),
+                "failed": failed.get(name),
+            }
+            for name, shape in launches.types.items()
+        }
+        return {
+            "at": now,
+            "types": types,
+            "most_in_all": launches.most_in_all,
+            "asks": [
+                {"node_types": list(ask.node_types), "jobs": list(ask.jobs)} for ask in launches.wanted.asks
+            ],
+            "price": sum((each["price"] or 0.0) * each["up"] for each in types.values()),
+            "price_wanted": sum((each["price"] or 0.0) * each["wanted"] for each in types.values()),
+        }
+
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons = self._writer.view(), self._writer.state.cordons
         warm = self._stands.held()
@@ -563,6 +612,7 @@ class Allocator:
         self._require_admin("stop the allocator", by)
         if keep:
             await self._let_stands_go()
+            await self._asks.close()
             return
         live = list(self._writer.view().jobs.values())
         if live and not cancel:
@@ -576,6 +626,7 @@ class Allocator:
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
         await self._let_stands_go()
+        await self._asks.close()
         self._writer.stop()
 
     async def _let_stands_go(self) -> None:

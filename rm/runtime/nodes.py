@@ -23,8 +23,7 @@ import ray
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import ResourcesData, ResourceUsageBatchData
 
-from rm.core.events import Event, ForeignUseObserved, NodeJoined, NodeLost, NodeTypesObserved
-from rm.core.model import NodeShape
+from rm.core.events import Event, ForeignUseObserved, NodeJoined, NodeLost
 from rm.core.resources import gpu_units
 
 log = logging.getLogger("rm.nodes")
@@ -109,7 +108,6 @@ class NodeWatch:
         self._expected: set[str] = set()
         self._foreign: dict[str, Amounts] = {}
         self._unconfirmed: dict[str, Amounts] = {}
-        self._launchable: tuple[NodeShape, ...] | None = None
         self.seen = Seen()
 
     async def run(self) -> None:
@@ -227,13 +225,6 @@ class NodeWatch:
             max(0, node.memory_bytes - node.free_memory_bytes - sum(each[2] for each in ours)),
         )
 
-    async def observe_node_types(self) -> None:
-        """What the autoscaler could launch, if there is one. Read seldom: it changes with `ray up`."""
-        shapes = await asyncio.to_thread(_node_types)
-        if shapes != self._launchable:
-            self._launchable = shapes
-            self._post(NodeTypesObserved(self._clock(), shapes))
-
 
 def _identity(node: SeenNode | None) -> tuple[object, ...] | None:
     if node is None:
@@ -302,21 +293,3 @@ def _groups(resources: Mapping[str, float]) -> dict[str, Amounts]:
             elif match[1] == "memory":
                 entry[2] = int(amount)
     return {group: (gpu, cpu, memory) for group, (gpu, cpu, memory) in found.items()}
-
-
-def _node_types() -> tuple[NodeShape, ...]:
-    """The autoscaler's worker types, from the cluster configuration that it publishes. None without one."""
-    config = state.get_cluster_config()
-    if config is None:
-        return ()
-    return tuple(
-        NodeShape(
-            gpu_slots=int(each.resources.get("GPU", 0)),
-            cpu_milli=round(each.resources.get("CPU", 0) * 1000),
-            memory_bytes=int(each.resources.get("memory", 0)),
-            labels=tuple(sorted(dict(getattr(each, "labels", {}) or {}).items())),
-            most=each.max_count if each.max_count >= 0 else 1000,
-            name=each.name,
-        )
-        for each in config.node_group_configs
-    )

@@ -25,20 +25,22 @@ from itertools import repeat
 from types import MappingProxyType
 
 from rm.core.capacity import Totals
-from rm.core.cycle import schedule
 from rm.core.effects import Effect
 from rm.core.events import (
     Event,
     ForeignUseObserved,
     JobSubmitted,
+    LaunchesObserved,
     NodeJoined,
     NodeLost,
     NodeTypesObserved,
     PolicyChanged,
 )
+from rm.core.launches import Wanted
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
 from rm.core.records import replace
+from rm.core.scaleup import decide
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -82,6 +84,7 @@ class Writer:
         *,
         clock: Callable[[], float],
         execute: Callable[[Iterable[Effect]], None],
+        want: Callable[[Wanted], None] = lambda _: None,
         max_pending: int = 100_000,
         max_pending_per_owner: int = 100_000,
         check: bool = False,
@@ -89,6 +92,7 @@ class Writer:
         self._ledger = ledger
         self._clock = clock
         self._execute = execute
+        self._want = want
         self._max_pending = max_pending
         self._max_pending_per_owner = max_pending_per_owner
         self._arriving: Counter[str] = Counter()
@@ -284,6 +288,7 @@ class Writer:
             if isinstance(each, _Request) and each not in refused and not each.answer.done():
                 each.answer.set_result(None)
         self._execute(effects)
+        self._want(self.state.launches.wanted)
         return False
 
     def _decide(self, inbox: list[Event | _Request]) -> tuple[list[EventRow], list[Effect], list[_Request]]:
@@ -307,7 +312,7 @@ class Writer:
                     each.answer.set_exception(error)
                     refused.append(each)
         if self._scheduling:
-            for decision in schedule(self.state, now).events:
+            for decision in decide(self.state, now).events:
                 before = self._apply(decision, before, rows, effects)
         if self._check:
             self.state.check()
@@ -433,7 +438,11 @@ def _records(
 
 def _observations(state: ClusterState) -> list[Event]:
     """What is known of the nodes, as the events that say it again."""
-    events: list[Event] = [NodeTypesObserved(0, state.launchable)]
+    launches = state.launches
+    events: list[Event] = [
+        NodeTypesObserved(0, tuple(launches.types.values()), launches.most_in_all),
+        LaunchesObserved(0, tuple(launches.up.items()), tuple(launches.booting.items())),
+    ]
     for node in state.nodes.values():
         events += [
             NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),

@@ -7,6 +7,7 @@ cycle plans nothing, and that no promised date moves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -21,6 +22,8 @@ from rm.core.events import (
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
+    LaunchesObserved,
+    LaunchFailed,
     NodeCordoned,
     NodeJoined,
     NodeLost,
@@ -73,7 +76,8 @@ class Stage(FakeCluster):
             self.dates.clear()
             self.policy = read_policy(words["policy"])
         known = {"rank": self._rank, "learn": self._learn, "policy": self._policy, "nodes": self._nodes,
-                 "launchable": self._launchable,
+                 "launchable": self._launchable, "launches": self._launches,
+                 "launch_failed": self._launch_failed,
                  "lose": self._lose, "foreign": self._foreign, "cordon": self._cordon, "drain": self._drain,
                  "uncordon": self._uncordon, "release": self._release,
                  "finish": self._finish, "fail": self._fail, "lost": self._lost, "unready": self._unready,
@@ -125,14 +129,22 @@ class Stage(FakeCluster):
         shapes = tuple(
             NodeShape(
                 each["gpus"],
-                64_000,
-                2**38,
-                ((GPU_TYPE, each["type"]),) if "type" in each else (),
+                each.get("cpus", 64) * 1000,
+                each.get("memory_gib", 256) * 2**30,
+                tuple(sorted({**each.get("labels", {}), **_typed(each)}.items())),
                 each["most"],
+                each.get("name", ""),
             )
             for each in words
         )
         return [NodeTypesObserved(self.now, shapes)]
+
+    def _launches(self, words: Mapping[str, Mapping[str, int]]) -> list[Event]:
+        up, booting = (tuple(words.get(each, {}).items()) for each in ("up", "booting"))
+        return [LaunchesObserved(self.now, up, booting)]
+
+    def _launch_failed(self, words: Mapping[str, str]) -> list[Event]:
+        return [LaunchFailed(self.now, name, message) for name, message in words.items()]
 
     def _lose(self, words: Iterable[str]) -> list[Event]:
         events: list[Event] = []
@@ -292,6 +304,18 @@ class Stage(FakeCluster):
                         said.append(f"stop {event.job_id}: {other}")
             elif isinstance(event, NodeCordoned) and id(event) not in self.told:
                 said.append(f"cordon {event.node_id}")
+            elif isinstance(event, LaunchFailed) and id(event) not in self.told:
+                said.append(f"failed {event.node_type}: {event.message}")
+        return said
+
+    def wanted(self) -> list[str]:
+        """What is asked of the autoscaler: `2 a100 for b, c`, with what is kept beside it: `1 a100 + n1 x4 for b`."""
+        said = []
+        for ask in self.state.launches.wanted.asks:
+            counts = Counter(ask.node_types)
+            parts = [f"{count} {name}" for name, count in sorted(counts.items())]
+            parts += [f"{node} x{units / GPU_UNIT:g}" for node, units in ask.kept]
+            said.append(f"{' + '.join(parts)} for {', '.join(ask.jobs)}")
         return said
 
     def _places(self, event: JobAdmitted) -> str:
@@ -300,6 +324,10 @@ class Stage(FakeCluster):
             return ", ".join(f"{each.node_id}[{each.slots[0]}]" for each in event.placed)
         runs = ((node, len(list(run))) for node, run in groupby(each.node_id for each in event.placed))
         return ", ".join(f"{node} x{count}" if count > 1 else node for node, count in runs)
+
+
+def _typed(said: Mapping[str, Any]) -> dict[str, str]:
+    return {GPU_TYPE: said["type"]} if "type" in said else {}
 
 
 def request_of(said: dict[str, Any]) -> Request:

@@ -19,11 +19,11 @@ from rm.errors import RmError
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.yaml"))
-EXPECTED = {"decisions", "waiting", "ended", "refused", "cut", "due"}
+EXPECTED = {"decisions", "wanted", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
     "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
-    "cordon", "drain", "uncordon",
+    "cordon", "drain", "uncordon", "launches", "launch_failed",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def test_scenario(path: Path) -> None:
         assert stage.decisions() == words.get("decisions", []), where
         ended = {job_id: str(stage.ended[job_id].status) for job_id in stage.ended if job_id not in before}
         assert ended == words.get("ended", {}), where
+        assert stage.wanted() == words.get("wanted", []), where
         _compare_waiting(stage, words.get("waiting", {}), where)
         if "due" in words:
             assert stage.state.next_due(stage.now) == words["due"], where
@@ -102,5 +103,4 @@ def test_every_reason_that_the_core_gives_is_in_some_scenario() -> None:
             for said in words.get("waiting", {}).values():
                 given.add(said if isinstance(said, str) else said[0])
     every = {value for name, value in vars(reasons).items() if name.isupper()}
-    # These two come with scale-up.
-    assert given == every - {reasons.NODE_BOOTING, reasons.LAUNCH_FAILED}
+    assert given == every

@@ -1,0 +1,179 @@
+"""What an autoscaler could launch, what it is launching, what failed; and what is wanted of it.
+
+A node type may have `NodeShape.most` nodes at a time. Of these some are up and some are booting, as the runtime
+observes; the rest can be launched, unless the type is in a pause: its last launch failed, or no node of it joined for
+longer than the policy's `boot_timeout_s` although one was wanted. A pause doubles with each failure in a row and ends
+with the first node of the type that joins. Until then jobs are given their next acceptable type (`scaleup`).
+
+All of it is a cache of what can be observed again: after a restart nothing is in a pause, and what is wanted is worked
+out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rm.core.model import NodeShape
+from rm.core.policy import Policy
+from rm.core.records import replace
+
+PAUSE_S = 60.0
+"""After a type's first failure; doubled with each one in a row, up to the next bound."""
+PAUSE_MOST_S = 1_800.0
+BOOTS_KEPT = 20
+"""Boots of a type from which the next one's duration is estimated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What one waiting job needs beyond the nodes that are up. `node_types`: one entry for each node, shared or not."""
+
+    job_id: str
+    node_types: tuple[str, ...]
+    gpu_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Nodes that are of use only together, and for whom.
+
+    `node_types`: an entry for each new node. `kept`: GPU units on nodes that are up and free, which the same jobs need
+    besides: without them the new nodes would be of no use, so they must not go away meanwhile.
+    """
+
+    node_types: tuple[str, ...]
+    jobs: tuple[str, ...]
+    kept: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Everything that is wanted at one moment. It replaces what was wanted before."""
+
+    asks: tuple[Ask, ...] = ()
+    wants: Mapping[str, Want] = field(default_factory=dict)
+
+    def nodes(self) -> dict[str, int]:
+        """By type, how many nodes: those that boot already are among them."""
+        counts: dict[str, int] = {}
+        for ask in self.asks:
+            for name in ask.node_types:
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
+
+NOTHING_WANTED = Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailure:
+    """The last failure of a node type. `until`: nothing is asked of the type before then."""
+
+    at: float
+    message: str
+    in_a_row: int
+    until: float
+
+
+class Launches:
+    """The node types and their launches. `ClusterState` changes it by events; `scaleup` says what is wanted."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, NodeShape] = {}
+        self.up: Mapping[str, int] = {}
+        self.booting: Mapping[str, int] = {}
+        self.most_in_all: int | None = None
+        """Of all types together, or None where only the types have bounds."""
+        self.failures: dict[str, LaunchFailure] = {}
+        self.wanted = NOTHING_WANTED
+        self.version = 0
+        """Grows with every change that can change what is wanted."""
+        self._asked: dict[str, float] = {}
+        """Since when a node of the type has been wanted without one joining."""
+        self._boots: dict[str, list[float]] = {}
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def shapes(self) -> tuple[NodeShape, ...]:
+        """What could be up beyond the nodes that are, whatever has failed lately."""
+        left = ((shape, shape.most - self.up.get(name, 0)) for name, shape in self.types.items())
+        return tuple(replace(shape, most=most) for shape, most in left if most > 0)
+
+    def coming(self, now: float) -> Iterator[tuple[NodeShape, int]]:
+        """The types of which nodes boot, and how many."""
+        for name, count in self.booting.items():
+            if count and name in self.types and not self.paused(name, now):
+                yield self.types[name], count
+
+    def left(self, now: float) -> Iterator[tuple[NodeShape, int]]:
+        """The types of which nodes can be launched, and how many more."""
+        room = None
+        if self.most_in_all is not None:
+            room = self.most_in_all - sum(self.up.values()) - sum(self.booting.values())
+        for name, shape in self.types.items():
+            count = shape.most - self.up.get(name, 0) - self.booting.get(name, 0)
+            count = count if room is None else min(count, room)
+            if count > 0 and shape.gpu_slots and not self.paused(name, now):
+                yield shape, count
+
+    def paused(self, name: str, now: float) -> bool:
+        failure = self.failures.get(name)
+        return failure is not None and now < failure.until
+
+    def boot_s(self, name: str, policy: Policy) -> float:
+        """How long a node of the type takes to join: the median of the last ones, else the policy's guess."""
+        known = self._boots.get(name)
+        return sorted(known)[len(known) // 2] if known else policy.boot_s
+
+    def asked_since(self, name: str) -> float | None:
+        return self._asked.get(name)
+
+    def overdue(self, policy: Policy, now: float) -> Iterator[tuple[str, str]]:
+        """The types that have let those who wait for them wait for too long, and in which words."""
+        for name, since in self._asked.items():
+            if since + policy.boot_timeout_s <= now and not self.paused(name, now):
+                booting = self.booting.get(name, 0)
+                what = f"{booting} booting" if booting else "none booting"
+                yield name, f"no node joined within {policy.boot_timeout_s:g} s, {what}"
+
+    def next_moment(self, policy: Policy, now: float) -> float | None:
+        """When time alone will change something next."""
+        ends = [each.until for name, each in self.failures.items() if name in self.types]
+        due = [since + policy.boot_timeout_s for since in self._asked.values()]
+        return min((moment for moment in (*ends, *due) if moment > now), default=None)
+
+    # --- changing ------------------------------------------------------------------------------------------
+
+    def observe_types(self, shapes: Iterable[NodeShape], most_in_all: int | None) -> None:
+        self.types = {shape.name or f"type {number}": shape for number, shape in enumerate(shapes, 1)}
+        self.types = {name: replace(shape, name=name) for name, shape in self.types.items()}
+        self.most_in_all = most_in_all
+        self.version += 1
+
+    def observe(self, up: Mapping[str, int], booting: Mapping[str, int], now: float) -> None:
+        """What is there of each type. A node that joined ends the type's pause, and tells how long a boot takes."""
+        for name in up:
+            if up[name] > self.up.get(name, 0):
+                self.failures.pop(name, None)
+                since = self._asked.pop(name, None)
+                if since is not None:
+                    self._boots.setdefault(name, []).append(now - since)
+                    del self._boots[name][:-BOOTS_KEPT]
+        self.up, self.booting = dict(up), dict(booting)
+        self.version += 1
+
+    def fail(self, name: str, message: str, now: float) -> None:
+        """A launch of the type failed, or took too long."""
+        before = self.failures.get(name)
+        in_a_row = 1 if before is None else before.in_a_row + (now >= before.until)
+        pause_s = min(PAUSE_MOST_S, PAUSE_S * 2 ** (in_a_row - 1))
+        self.failures[name] = LaunchFailure(now, message, in_a_row, now + pause_s)
+        self._asked.pop(name, None)
+        self.version += 1
+
+    def want(self, wanted: Wanted, now: float) -> None:
+        """What is wanted from now on."""
+        self.wanted = wanted
+        counts = wanted.nodes()
+        self._asked = {name: self._asked.get(name, now) for name in counts}

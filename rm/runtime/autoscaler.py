@@ -1,0 +1,234 @@
+"""What the Ray autoscaler says: its node types, what it launches, what it could not, what it takes away; as events.
+
+Ray's own autoscaler publishes its node types nowhere (2.60, v2), so they are read where it reads them itself: in the
+file that `ray up` leaves on the head (`RM_AUTOSCALING_CONFIG` names another). A type's GPU type is its label, or what
+stands behind Ray's resource `accelerator_type:`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rm.core.events import (
+    Event,
+    LaunchesObserved,
+    LaunchFailed,
+    NodeCordoned,
+    NodeTypesObserved,
+    NodeUncordoned,
+)
+from rm.core.model import GPU_TYPE, NodeShape
+
+log = logging.getLogger("rm.autoscaler")
+
+BY = "autoscaler"
+"""In whose name nodes are cordoned that it takes away."""
+TYPES_S = 60.0
+"""Between two looks at the node types: they change with `ray up`."""
+BUSY_S, CALM_S = 1.0, 10.0
+"""Between two looks at the launches: while something is wanted or boots, and else."""
+MOST_OF_A_TYPE = 1000
+"""Where a type has no bound."""
+MESSAGE_CHARS = 500
+LOG_BYTES = 2**18
+"""Of the end of the autoscaler's log in which a failure's words are looked for."""
+_ACCELERATOR = "accelerator_type:"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchType:
+    """A node type in the words of Ray. `resources`, `labels`: what the autoscaler expects a node of it to have."""
+
+    shape: NodeShape
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accelerator(self) -> str | None:
+        """The name of the resource by which Ray marks the GPU type, if the type declares it."""
+        return next((name for name in self.resources if name.startswith(_ACCELERATOR)), None)
+
+
+class Autoscaler:
+    """Reads and posts what changed. `busy()`: whether something is wanted."""
+
+    def __init__(
+        self,
+        post: Callable[[Event], None],
+        *,
+        clock: Callable[[], float],
+        busy: Callable[[], bool],
+        config_file: Path,
+    ) -> None:
+        self._post = post
+        self._clock = clock
+        self._busy = busy
+        self._file = config_file
+        self.types: dict[str, LaunchType] = {}
+        self._most_in_all: int | None = None
+        self._types_at = -TYPES_S
+        self._launches: LaunchesObserved | None = None
+        self._failed: set[tuple[str, int, int, str]] | None = None
+        self._leaving: set[str] = set()
+
+    async def run(self) -> None:
+        """Look for ever. A look that fails (the GCS restarts) is logged, and the next one comes."""
+        failures, began = 0, time.monotonic()
+        while True:
+            try:
+                await self.look()
+                failures = 0
+            except Exception:
+                failures += 1
+                if failures in (1, 10, 100):
+                    log.warning("the autoscaler can't be read (%d times in a row)", failures, exc_info=True)
+            booting = bool(self._launches and self._launches.booting)
+            # A head that has just started publishes its node types some seconds later.
+            young = not self.types and time.monotonic() - began < TYPES_S
+            await asyncio.sleep(BUSY_S if young or booting or self._busy() else CALM_S)
+
+    async def look(self) -> None:
+        """One look, and the events that it brings."""
+        if not self.types or time.monotonic() - self._types_at >= TYPES_S:
+            types, most_in_all = await asyncio.to_thread(read_types, self._file)
+            self._types_at = time.monotonic()
+            if (types, most_in_all) != (self.types, self._most_in_all):
+                self.types, self._most_in_all = types, most_in_all
+                shapes = tuple(each.shape for each in types.values())
+                self._post(NodeTypesObserved(self._clock(), shapes, most_in_all))
+        if self.types:
+            self._report(await asyncio.to_thread(_read_status))
+
+    def _report(self, status: Any) -> None:
+        now = self._clock()
+        nodes = [*status.active_nodes, *status.idle_nodes]
+        up = Counter(each.ray_node_type_name for each in nodes if each.ray_node_type_name in self.types)
+        booting = Counter(each.ray_node_type_name for each in status.pending_nodes)
+        for each in status.pending_launches:
+            booting[each.ray_node_type_name] += each.count
+        seen = LaunchesObserved(0.0, tuple(sorted(up.items())), tuple(sorted(booting.items())))
+        if seen != self._launches:
+            self._launches = seen
+            self._post(LaunchesObserved(now, seen.up, seen.booting))
+        self._report_failures(status, now)
+        self._report_leaving(
+            {each.node_id for each in nodes if each.node_status == "DRAINING"},
+            {each.node_id for each in nodes},
+            now,
+        )
+
+    def _report_failures(self, status: Any, now: float) -> None:
+        """Those that are new. What had failed before the first look is history."""
+        failed = {
+            (each.ray_node_type_name, each.request_ts_s, each.failed_ts_s or 0, str(each.details or ""))
+            for each in status.failed_launches
+        }
+        before = failed if self._failed is None else self._failed
+        for name, _, _, details in sorted(failed - before):
+            self._post(LaunchFailed(now, name, provider_words(name, details, _log_file())))
+        self._failed = failed
+
+    def _report_leaving(self, draining: set[str], alive: set[str], now: float) -> None:
+        """Nodes that Ray drains take nothing new, and what runs there is told to save its work and go on elsewhere."""
+        for node_id in sorted(draining - self._leaving):
+            self._post(NodeCordoned(now, node_id, BY, "Ray takes the node away", True, now))
+        for node_id in sorted(self._leaving - alive):
+            self._post(NodeUncordoned(now, node_id, BY))
+        self._leaving = (self._leaving | draining) & alive
+
+
+def provider_words(node_type: str, details: str, log_file: Path | None) -> str:
+    """The provider's message: what the autoscaler reports of it, else what it has logged last about the type.
+
+    In Ray 2.60 the report leaves the provider's own error out.
+    """
+    words = " ".join(details.split())
+    if not words or words.endswith(":"):
+        words = _logged(node_type, log_file) or words or "the provider gave no reason"
+    return words if len(words) <= MESSAGE_CHARS else words[: MESSAGE_CHARS - 1] + "…"
+
+
+def _logged(node_type: str, log_file: Path | None) -> str:
+    try:
+        if log_file is None:
+            return ""
+        with log_file.open("rb") as file:
+            file.seek(max(0, log_file.stat().st_size - LOG_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""  # the allocator is not on the head
+    said = re.findall(rf"Failed to launch \d+ nodes of type {re.escape(node_type)}: (.+)", text)
+    return str(said[-1]).strip() if said else ""
+
+
+def _log_file() -> Path | None:
+    """Where the autoscaler logs, if this is the head."""
+    from ray._private.worker import global_worker
+
+    node = global_worker.node
+    return Path(node.get_logs_dir_path(), "monitor.log") if node is not None else None
+
+
+def read_types(config_file: Path) -> tuple[dict[str, LaunchType], int | None]:
+    """The worker types by name, and the most nodes of all. Empty where no autoscaler is known of.
+
+    Other autoscalers than Ray's own (Kubernetes, Anyscale) publish the types in Ray's tables, without labels.
+    """
+    from ray._private.state import state
+
+    config = _read_file(config_file)
+    types = {}
+    for name, said in (config.get("available_node_types") or {}).items():
+        labels = {key: str(value) for key, value in (said.get("labels") or {}).items()}
+        types[name] = launch_type_of(name, said.get("resources") or {}, labels, said.get("max_workers", 0))
+    published = state.get_cluster_config()
+    for each in published.node_group_configs if published is not None else ():
+        if each.name not in types:
+            types[each.name] = launch_type_of(each.name, dict(each.resources), {}, each.max_count)
+    most = config.get("max_workers")
+    return {name: each for name, each in types.items() if each.shape.most}, most if isinstance(
+        most, int
+    ) else None
+
+
+def launch_type_of(name: str, resources: dict[str, float], labels: dict[str, str], most: int) -> LaunchType:
+    """`most` below 0: without a bound."""
+    marked = next((key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR)), None)
+    told = {GPU_TYPE: marked, **labels} if marked else labels
+    shape = NodeShape(
+        gpu_slots=int(resources.get("GPU", 0)),
+        cpu_milli=round(resources.get("CPU", 0) * 1000),
+        memory_bytes=int(resources.get("memory", 0)),
+        labels=tuple(sorted(told.items())),
+        most=most if most >= 0 else MOST_OF_A_TYPE,
+        name=name,
+    )
+    return LaunchType(shape, resources, labels)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s can't be read, so the labels of node types are not known: %s", path, error)
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _read_status() -> Any:
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    return get_cluster_status(ray.get_runtime_context().gcs_address)

@@ -1,0 +1,142 @@
+"""What is wanted of an autoscaler: how much of it, for random clusters and queues."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rm.core.events import LaunchesObserved, LaunchFailed, NodeTypesObserved
+from rm.core.model import GPU_TYPE, NodeShape
+from rm.testing import FakeCluster
+
+
+def shape(name: str, gpus: int, most: int, kind: str = "") -> NodeShape:
+    return NodeShape(gpus, 64_000, 2**38, ((GPU_TYPE, kind),) if kind else (), most, name)
+
+
+def cluster(*shapes: NodeShape, most_in_all: int | None = None) -> FakeCluster:
+    fake = FakeCluster()
+    fake.add_node("head", 0)
+    fake.happen(NodeTypesObserved(0, shapes, most_in_all))
+    return fake
+
+
+def nodes_wanted(fake: FakeCluster) -> dict[str, int]:
+    return fake.state.launches.wanted.nodes()
+
+
+def test_a_burst_of_a_hundred_one_gpu_jobs_wants_thirteen_nodes() -> None:
+    fake = cluster(shape("a", 8, 50))
+    for _ in range(100):
+        fake.submit(1)
+    assert nodes_wanted(fake) == {"a": 13}
+
+
+def test_a_mixed_burst_is_packed() -> None:
+    """Sixty jobs in the order that packs worst: the small ones first."""
+    fake = cluster(shape("a", 8, 60))
+    sizes = [1, 2, 3, 5] * 12 + [8] * 6 + [4] * 6
+    for gpus in sizes:
+        fake.submit(gpus)
+    assert sum(sizes) / 8 <= nodes_wanted(fake)["a"] <= 1.15 * ceil(sum(sizes) / 8)
+
+
+def test_what_boots_counts_and_what_has_come_is_used() -> None:
+    fake = cluster(shape("a", 8, 3))
+    job = fake.submit(nodes := 8, count=4)
+    assert not nodes_wanted(fake), "a gang that does not fit asks for nothing"
+    fake.cancel(job)
+    fake.submit(nodes, count=3)
+    assert nodes_wanted(fake) == {"a": 3}
+    fake.happen(LaunchesObserved(0, (), (("a", 3),)))
+    assert nodes_wanted(fake) == {"a": 3}
+    fake.submit(1)
+    assert nodes_wanted(fake) == {"a": 3}, "nothing is left to launch"
+
+
+def test_all_types_together_have_a_bound_too() -> None:
+    fake = cluster(shape("a", 8, 3), shape("b", 4, 3), most_in_all=2)
+    fake.submit(8, count=3)
+    assert not nodes_wanted(fake)
+    fake.submit(8, count=2)
+    assert nodes_wanted(fake) == {"a": 2}
+
+
+def test_a_pause_doubles_and_ends_with_a_node() -> None:
+    fake = cluster(shape("a", 8, 3))
+    fake.submit(8)
+    for pause_s in (60, 120, 240):
+        fake.happen(LaunchFailed(fake.now, "a", "none left"), LaunchFailed(fake.now, "a", "none left"))
+        assert not nodes_wanted(fake)
+        fake.now += pause_s - 1
+        fake.happen()
+        assert not nodes_wanted(fake)
+        fake.now += 1
+        fake.happen()
+        assert nodes_wanted(fake) == {"a": 1}
+    fake.add_node("n1", 8)
+    fake.happen(LaunchesObserved(fake.now, (("a", 1),), ()))
+    assert not fake.state.launches.failures
+
+
+def test_the_cheaper_of_two_types_that_waste_as_little() -> None:
+    fake = cluster(shape("dear", 8, 3), shape("cheap", 8, 3))
+    fake.apply_policy(type(fake.policy)(prices={"dear": 12.0, "cheap": 3.5}))
+    fake.submit(8)
+    assert nodes_wanted(fake) == {"cheap": 1}
+
+
+JOBS = st.lists(
+    st.tuples(
+        st.sampled_from([0.25, 0.5, 1, 2, 4, 8]),
+        st.integers(1, 3),
+        st.sampled_from([(), ("A",), ("B", "A")]),
+        st.integers(0, 2),
+    ),
+    max_size=14,
+)
+TYPES = st.lists(
+    st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 4), st.sampled_from(["A", "B", ""])), max_size=3
+)
+
+
+@settings(deadline=None)
+@given(TYPES, JOBS, st.lists(st.sampled_from([2, 4, 8]), max_size=2), st.integers(0, 3))
+def test_never_more_than_can_be_launched_each_job_once_and_the_same_again(types, jobs, up, booting) -> None:
+    shapes = [shape(f"t{n}", gpus, most, kind) for n, (gpus, most, kind) in enumerate(types)]
+
+    def play() -> FakeCluster:
+        fake = cluster(*shapes)
+        boots = tuple((each.name, min(booting, each.most)) for each in shapes)
+        fake.happen(LaunchesObserved(0, (), boots))
+        for number, gpus in enumerate(up):
+            fake.add_node(f"n{number}", gpus)
+        for gpus, count, kinds, priority in jobs:
+            fake.submit(gpus, count=count if gpus >= 1 else 1, gpu_types=kinds, priority=priority)
+        return fake
+
+    fake = play()
+    wanted = fake.state.launches.wanted
+    most = {each.name: each.most for each in shapes}
+    assert all(count <= most[name] for name, count in wanted.nodes().items())
+    served = [job_id for ask in wanted.asks for job_id in ask.jobs]
+    assert len(served) == len(set(served))
+    assert set(served) == set(wanted.wants)
+    assert all(fake.state.jobs[job_id].attempt is None for job_id in served), "who starts asks for nothing"
+    units = sum(fake.state.jobs[job_id].gang.gpu_units for job_id in served)
+    kept = sum(units for ask in wanted.asks for _, units in ask.kept)
+    sizes = {each.name: each.gpu_slots * 10_000 for each in shapes}
+    assert units <= kept + sum(sizes[name] * count for name, count in wanted.nodes().items())
+    for ask in wanted.asks:
+        assert ask.node_types, "nothing is asked where nothing is to come"
+        for job_id in ask.jobs:
+            kinds = fake.state.jobs[job_id].gang.gpu_types
+            want = wanted.wants[job_id]
+            assert not kinds or want.gpu_type in kinds
+            assert set(want.node_types) <= set(ask.node_types)
+    assert play().state.launches.wanted == wanted
+    for job_id in list(fake.state.jobs):
+        fake.cancel(job_id)
+    assert not fake.state.launches.wanted.asks
