@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from probes import wait_until
 
@@ -62,7 +62,8 @@ class RedisWorld:
         from rm.spec import Config
 
         config = Config(home=self.home, checkpoint_root=str(self.home / "checkpoints"), audit_every_s=1)
-        self.client = rm.connect(self.cluster.address, config=config)
+        self.address = str(self.cluster.address)  # the cluster can't tell it while its GCS is away
+        self.client = rm.connect(self.address, config=config)
 
     def kill_gcs(self) -> None:
         self.cluster.head_node.kill_gcs_server()
@@ -96,8 +97,7 @@ class Readings(threading.Thread):
         """By id of a group that lives all the while: its nodes."""
         self._over = threading.Event()
         self.wrong: list[str] = []
-        self.unheard = 0
-        self.count = 0
+        self._heard_at = 0.0
 
     def run(self) -> None:
         from rm.runtime.nodes import read_nodes
@@ -105,18 +105,25 @@ class Readings(threading.Thread):
         seen = read_nodes()
         while not self._over.is_set():
             now = read_nodes(seen)
-            self.count += 1
-            self.unheard += bool(now.unheard)
+            if not now.unheard:
+                self._heard_at = now.at
             self.wrong += [f"node {each} is gone" for each in seen.nodes if now.gone(each)]
             for group_id, nodes in self._groups.items():
                 self.wrong += [f"{each} lacks {group_id}" for each in nodes if now.lacks(group_id, each)]
             seen = now
             time.sleep(0.002)
 
-    def stop(self) -> None:
+    def all_heard_since(self, at: float) -> bool:
+        """Whether a reading that began after this moment of the monotonic clock shows that every node has reported."""
+        return self._heard_at > at
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._over.set()
-        self.join(30)
-        assert not self.is_alive()
+        self.join(90)  # before anybody leaves Ray: it would connect again
 
 
 @contextlib.contextmanager
