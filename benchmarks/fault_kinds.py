@@ -185,7 +185,7 @@ class Faults:
         if view is None:
             return None
         bundle = self.rng.randrange(view.bundles)
-        name = f"{view.id}.{view.attempts}/{bundle}"
+        name = f"{view.stand}/{bundle}"
         pid = actor_pids().get(f"rm/{self.client.ledger_key}/{name}")
         if pid is None:
             return None
@@ -221,7 +221,7 @@ class Faults:
         view = self._victim("command", "function", "lease")
         if view is None:
             return None
-        name = f"rm/{self.client.ledger_key}/{view.id}.{view.attempts}"
+        name = f"rm/{self.client.ledger_key}/{view.stand}"
         found = [each["id"] for each in group_table() if each["name"] == name]
         if not found:
             return None

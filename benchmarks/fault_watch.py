@@ -16,6 +16,8 @@ from rm.job import TERMINAL
 
 PAUSE_S = 0.2
 LOOKED_UP = 3
+GONE_S = 15.0
+"""How long what was kept warm may take to go, a restart of the allocator in between included."""
 
 
 class Watch(threading.Thread):
@@ -51,14 +53,17 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         began = time.time()
-        before = self._charged()
+        before, warm = self._charged(), self._warm()
         held = {each["name"]: each["gpus"] for each in group_table() if each["name"] not in self.ours}
+        warm |= self._warm()
         after = self._charged()
         ended = time.time()
         self.samples += 1
         for name, gpus in held.items():
             attempt = name.rsplit("/", 1)[1]
             charged = max(before.get(attempt, 0), after.get(attempt, 0))
+            if not charged and attempt in warm:
+                continue
             if not charged:
                 self.doubts.setdefault(attempt, (began, ended))
             elif gpus > charged:
@@ -75,7 +80,13 @@ class Watch(threading.Thread):
 
     def _charged(self) -> dict[str, float]:
         self.live = {job.id: job.last for job in self.world.client.jobs(limit=1000)}
-        return {f"{v.id}.{v.attempts}": v.held_gpus for v in self.live.values() if v.status != "QUEUED"}
+        return {
+            v.stand or f"{v.id}.{v.attempts}": v.held_gpus for v in self.live.values() if v.status != "QUEUED"
+        }
+
+    def _warm(self) -> set[str]:
+        """The groups that are kept for the next job."""
+        return {name for node in self.world.client.nodes() for name in node.warm}
 
     def look_up(self, job_id: str) -> None:
         """An id that was acknowledged stays known, and what has ended stays so."""
@@ -90,14 +101,21 @@ class Watch(threading.Thread):
             self.ended[job_id] = status
 
     def settle(self, events: list[Any]) -> None:
-        """Was what looked uncharged charged at that moment?"""
-        charged: dict[str, list[float]] = {}
+        """Was what looked uncharged charged at that moment, or had it been a moment ago and was yet to go?"""
+        stands: dict[str, str] = {}
+        charged: dict[str, list[tuple[float, float]]] = {}
+        since: dict[str, float] = {}
         for event in events:
+            attempt = f"{event.job_id}.{event.attempt}"
             if event.kind == "JobAdmitted":
-                charged[f"{event.job_id}.{event.attempt}"] = [event.at, float("inf")]
+                since[attempt] = event.at
+            elif event.kind == "PlacementReady":
+                stands[attempt] = event.body.get("stand") or attempt
             elif event.kind == "PlacementReleased":
-                charged[f"{event.job_id}.{event.attempt}"][1] = event.at
+                held = since.pop(attempt), event.at + GONE_S
+                charged.setdefault(stands.get(attempt, attempt), []).append(held)
+        for attempt, at in since.items():
+            charged.setdefault(stands.get(attempt, attempt), []).append((at, float("inf")))
         for attempt, (began, ended) in self.doubts.items():
-            since, until = charged.get(attempt, (float("inf"), 0.0))
-            if since > ended or until < began:
+            if not any(at <= ended and until >= began for at, until in charged.get(attempt, [])):
                 self.violation(f"Ray held a group for {attempt} while nothing was charged for it")
