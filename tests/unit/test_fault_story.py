@@ -114,22 +114,28 @@ def test_overlapping_attempts_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("admitted", "released", "charged"),
     [
-        (1.0, 9.0, True),
-        (5.5, None, True),
-        (1.0, 5.2, True),
-        (7.0, 9.0, False),
+        (101.0, 109.0, True),
+        (105.5, None, True),
+        (101.0, 105.2, True),
+        (101.0, 104.0, True),  # and was kept for the next
+        (107.0, 109.0, False),
         (1.0, 4.0, False),
         (None, None, False),
     ],
 )
-def test_what_looked_uncharged_is_asked_of_the_ledger(admitted, released, charged) -> None:
+@pytest.mark.parametrize("stand", ["", "j0.1"])
+def test_what_looked_uncharged_is_asked_of_the_ledger(admitted, released, charged, stand) -> None:
     events = [
-        SimpleNamespace(kind=kind, job_id="j1", attempt=1, at=at)
-        for kind, at in (("JobAdmitted", admitted), ("PlacementReleased", released))
+        SimpleNamespace(kind=kind, job_id="j1", attempt=1, at=at, body={"stand": stand})
+        for kind, at in (
+            ("JobAdmitted", admitted),
+            ("PlacementReady", admitted),
+            ("PlacementReleased", released),
+        )
         if at is not None
     ]
     said: list[str] = []
     watch = Watch(None, None, said.append)
-    watch.doubts["j1.1"] = (5.0, 6.0)
+    watch.doubts[stand or "j1.1"] = (105.0, 106.0)
     watch.settle(events)
     assert (not said) is charged
