@@ -131,7 +131,7 @@ def bare_ray() -> tuple[list[float], list[float]]:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    @ray.remote
+    @ray.remote(num_cpus=0, num_gpus=GPUS)
     def work() -> tuple[float, float]:
         out = subprocess.run(f"{STAMP}; {STAMP}", shell=True, capture_output=True, check=True, text=True)
         first, last = out.stdout.split()
@@ -140,7 +140,9 @@ def bare_ray() -> tuple[list[float], list[float]]:
     def once() -> tuple[float, float, float]:
         began = time.time()
         group = placement_group([{"GPU": GPUS}])
-        task = work.options(num_gpus=GPUS, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+        task = work.options(
+            num_cpus=0, num_gpus=GPUS, scheduling_strategy=PlacementGroupSchedulingStrategy(group)
+        )
         first, end = ray.get(task.remote())
         remove_placement_group(group)
         return began, first, end

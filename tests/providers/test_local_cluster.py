@@ -22,6 +22,7 @@ def drive(cluster: LocalCluster, code: str, **environment: str) -> Any:
     return run_driver(cluster.address, code, {**cluster.environment, **environment})
 
 
+@pytest.mark.long
 def test_a_waiting_group_brings_a_node_that_goes_again_and_nothing_is_left() -> None:
     with local_cluster(small=True) as cluster:
         cluster.up()
