@@ -49,7 +49,8 @@ class Auditor(threading.Thread):
                 self.violations.append(f"charged more than there is: {self.most}")
             if before == after and all(status == "RUNNING" for status, _ in before.values()):
                 self.calm += 1
-                if held - warm != before.keys():
+                # One that was warm in between and is taken again counts: it was charged on both sides.
+                if held - (warm - before.keys()) != before.keys():
                     self.violations.append(f"nothing in transition, yet {held} is not {before.keys()}")
             time.sleep(0.1)
 
