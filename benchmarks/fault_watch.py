@@ -62,9 +62,9 @@ class Watch(threading.Thread):
         for name, gpus in held.items():
             attempt = name.rsplit("/", 1)[1]
             charged = max(before.get(attempt, 0), after.get(attempt, 0))
-            if not charged and attempt in warm:
-                continue
             if not charged:
+                if attempt in warm:
+                    continue
                 self.doubts.setdefault(attempt, (began, ended))
             elif gpus > charged:
                 self.violation(f"Ray holds {gpus:g} GPUs for {attempt}, {charged:g} are charged")

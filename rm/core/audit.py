@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rm.core.model import Phase, PlacedBundle, attempt_key
+from rm.core.model import Phase, PlacedBundle, attempt_key, units_by_node
 from rm.core.resources import GPU_UNIT, gpu_count
 
 STRAY_BYTES = 500 * 2**20
@@ -98,10 +98,7 @@ class LiveAttempt:
 
     def planned(self) -> Counter[str]:
         """Units by node."""
-        units: Counter[str] = Counter()
-        for each in self.placed:
-            units[each.node_id] += self.bundle_units
-        return units
+        return units_by_node(self.placed, self.bundle_units)
 
 
 @dataclass(frozen=True, slots=True)

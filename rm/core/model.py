@@ -6,6 +6,8 @@ Times are seconds since the epoch as the allocator's clock gave them.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -174,6 +176,14 @@ class PlacedBundle:
 
     node_id: str
     slots: tuple[int, ...]
+
+
+def units_by_node(placed: Iterable[PlacedBundle], bundle_units: int) -> Counter[str]:
+    """GPU units that bundles of so many take on each node."""
+    units: Counter[str] = Counter()
+    for each in placed:
+        units[each.node_id] += bundle_units
+    return units
 
 
 class Phase(StrEnum):

@@ -60,7 +60,7 @@ def feasible(gang: Gang, shapes: Iterable[NodeShape]) -> bool:
         if shape.gpu_slots and matches(gang, shape.labels):
             for copy in range(min(shape.most, least.count)):
                 node_id = f"{number}/{copy}"
-                empty.join(_empty_node(node_id, shape))
+                empty.join(empty_node(node_id, shape))
     if not gang.gpu_types:
         return place(least, empty) is not None
     return any(
@@ -248,7 +248,8 @@ def _numbered(numbers: Iterable[int], capacity: Capacity) -> Iterator[Node]:
     return (capacity.node_numbered(number) for number in numbers)
 
 
-def _empty_node(node_id: str, shape: NodeShape) -> Node:
+def empty_node(node_id: str, shape: NodeShape) -> Node:
+    """A node of this shape with nothing on it, for trials. Its id serves as its name."""
     return Node(
         node_id,
         node_id,

@@ -30,9 +30,9 @@ from rm.core.events import JobAdmitted
 from rm.core.launches import NOTHING_WANTED, Ask, Want, Wanted
 from rm.core.model import Gang, Job, Node, NodeShape, PlacedBundle
 from rm.core.options import Option
-from rm.core.placement import place_elastic
+from rm.core.placement import empty_node, place_elastic
 from rm.core.records import replace
-from rm.core.resources import GPU_UNIT, NOTHING, Amount, Devices
+from rm.core.resources import GPU_UNIT, NOTHING, Amount
 from rm.core.state import ClusterState
 
 MOST_NODES = 100
@@ -140,20 +140,8 @@ class _Trial:
     def _add(self, shape: NodeShape, how: str, count: int) -> None:
         labels = tuple(sorted({**dict(shape.labels), _NEW: f"{how} {shape.name}"}.items()))
         for number in range(count):
-            node_id = f"{how}/{shape.name}/{number}"
-            self._capacity.join(
-                Node(
-                    node_id,
-                    shape.name,
-                    shape.gpu_slots,
-                    Devices.whole(shape.gpu_slots),
-                    shape.cpu_milli,
-                    shape.cpu_milli,
-                    shape.memory_bytes,
-                    shape.memory_bytes,
-                    labels,
-                )
-            )
+            node = empty_node(f"{how}/{shape.name}/{number}", shape)
+            self._capacity.join(replace(node, name=shape.name, labels=labels))
 
     def wanted(self) -> Wanted:
         cycle, state = self._cycle, self._cycle.state

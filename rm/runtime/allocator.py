@@ -219,7 +219,7 @@ class Allocator:
         self._writer.recover()
         for job in self._writer.state.jobs.values():
             if job.attempt and job.attempt.stand:
-                self._stands.adopt(attempt_key(job.id, job.attempt.number), job.attempt.stand)
+                self._placements.hand_over(job.attempt.stand, attempt_key(job.id, job.attempt.number))
         await self._remove_orphans(runners)
         await self._watch.first(self._writer.recorded)
         with contextlib.suppress(Exception):
@@ -611,8 +611,7 @@ class Allocator:
         await self._up()
         self._require_admin("stop the allocator", by)
         if keep:
-            await self._let_stands_go()
-            await self._asks.close()
+            await self._let_go()
             return
         live = list(self._writer.view().jobs.values())
         if live and not cancel:
@@ -625,13 +624,14 @@ class Allocator:
         await self._writer.request_all(StopRequested(now, job.id, StopCause.CANCELLED, by) for job in live)
         while self._writer.view().jobs:
             await asyncio.sleep(0.05)
-        await self._let_stands_go()
-        await self._asks.close()
+        await self._let_go()
         self._writer.stop()
 
-    async def _let_stands_go(self) -> None:
+    async def _let_go(self) -> None:
+        """Of the groups that no job has: what is warm, and what asks for nodes."""
         self._stands.retire_all()
         await self._stands.all_gone()
+        await self._asks.close()
 
     # --- asked by administrators ---------------------------------------------------------------------------
 
@@ -873,7 +873,9 @@ class Allocator:
                     ranks=ranks * (len(job.attempt.placed) if job.attempt else job.gang.count),
                     reason=reasons.get(job.id),
                     as_of=now,
-                    stand=self._stands.name(attempt_key(job.id, job.attempt.number)) if job.attempt else "",
+                    stand=self._placements.name(attempt_key(job.id, job.attempt.number))
+                    if job.attempt
+                    else "",
                 )
             )
             if not len(views) % VIEWS_A_SLICE:

@@ -33,7 +33,7 @@ from rm.core.events import (
     RunLost,
     RunStarted,
 )
-from rm.core.model import Kind, Outcome, Phase, PlacedBundle, Status, attempt_key
+from rm.core.model import Kind, Outcome, Phase, Status, attempt_key, units_by_node
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
 from rm.ledger.rows import JobRow
@@ -84,7 +84,6 @@ class Gangs:
         """Groups asked for and not yet seen: name → (group id once it has one, GPU units by node)."""
         self._kept: dict[str, RunExited] = {}
         """Attempts whose stand was kept when they ended, until that is committed."""
-        stands.on_gone = self._forget_claim
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -150,7 +149,7 @@ class Gangs:
             failure = f"Ray could not make the placement group: {error}"
         now = self._clock()
         if failure is None:
-            name = self._stands.name(attempt)
+            name = self._placements.name(attempt)
             stand = name if name != attempt else ""
             self._post(PlacementReady(now, effect.job_id, effect.attempt, stand))
         else:
@@ -164,7 +163,7 @@ class Gangs:
         `blamed` gets the node whose fault it was: the only one, whose GPUs stayed free all the same.
         """
         timeout_s = self._config.reserve_timeout_s
-        need = _by_node(effect.gang.bundle.gpu_units, effect.placed)
+        need = units_by_node(effect.placed, effect.gang.bundle.gpu_units)
         made = self._placements.group_id(attempt) is not None
         if not made and any(self._watch.seen.gone(node_id) for node_id in need):
             return self._why_not(need)  # ids never come back
@@ -191,7 +190,7 @@ class Gangs:
         # A lease's holder brings his own actors: ours would take their place.
         if row is None or row.job.kind is Kind.LEASE:
             return False
-        return self._stands.take(attempt, effect.gang, effect.placed, row.spec.runtime_env) is not None
+        return self._stands.take(attempt, effect.gang, effect.placed, row.spec.runtime_env)
 
     def _shows_free(self, node_id: str, units: int) -> bool:
         node = self._watch.seen.nodes.get(node_id)
@@ -199,7 +198,7 @@ class Gangs:
 
     def _claim(self, seen: Seen, attempt: str, need: dict[str, int]) -> bool:
         """Claim `need` if Ray shows it free beyond what is claimed by groups that Ray doesn't show yet."""
-        self._drop_seen_claims(seen)
+        self._drop_old_claims(seen)
         for node_id, units in need.items():
             node = seen.nodes.get(node_id)
             claimed = sum(by_node.get(node_id, 0) for _, by_node in self._claims.values())
@@ -211,14 +210,13 @@ class Gangs:
         self._claims[attempt] = ("", need)
         return True
 
-    def _drop_seen_claims(self, seen: Seen) -> None:
+    def _drop_old_claims(self, seen: Seen) -> None:
+        """Of groups that Ray shows, or that have been taken down, and on nodes that are gone."""
         for attempt, (group_id, by_node) in list(self._claims.items()):
             gone = all(seen.gone(node_id) for node_id in by_node)
-            if gone or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
+            over = group_id and not self._placements.ours(group_id)
+            if gone or over or (group_id and all(seen.holds(group_id, node_id) for node_id in by_node)):
                 del self._claims[attempt]
-
-    def _forget_claim(self, name: str) -> None:
-        self._claims.pop(name, None)
 
     def _why_not(self, need: dict[str, int]) -> str:
         """What kept the planned capacity from showing up."""
@@ -259,9 +257,7 @@ class Gangs:
             event = RunExited(self._clock(), *key, failure)
         except RayError as error:
             event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
-        except RunnerGone as error:
-            event = RunLost(self._clock(), *key, str(error), error.node_id)
-        except NodeGone as error:
+        except (RunnerGone, NodeGone) as error:
             event = RunLost(self._clock(), *key, str(error), error.node_id)
         except TimeoutError as error:
             event = RunLost(self._clock(), *key, str(error), run.silent_on())
@@ -380,8 +376,8 @@ class _GangRun:
 
     async def _seats(self, group: PlacementGroup, row: JobRow) -> list[Seat] | None:
         """The runners' seats, or None when a stop comes first. They are taken over, found, or started."""
-        stands, name = self._gangs._stands, self._gangs._stands.name(self._attempt)
-        self._handles = stands.runners(self._attempt)
+        name = self._gangs._placements.name(self._attempt)
+        self._handles = self._gangs._stands.runners(self._attempt)
         if self._handles:
             try:
                 return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
@@ -468,7 +464,7 @@ class _GangRun:
         _, silent = await asyncio.wait(runs, timeout=grace_s + STOP_SLACK_S)
         if silent:
             log.warning("%s does not stop; its runners are killed", self._attempt)
-            name = self._gangs._stands.name(self._attempt)
+            name = self._gangs._placements.name(self._attempt)
             await self._gangs._runners.kill(name, self._effect.gang.count)
 
     def _orders(self, spec: JobSpec, seats: list[Seat], array_index: int | None) -> list[RunOrder]:
@@ -503,13 +499,6 @@ class _GangRun:
             )
             for bundle in range(len(seats))
         ]
-
-
-def _by_node(units: int, placed: tuple[PlacedBundle, ...]) -> dict[str, int]:
-    need: dict[str, int] = {}
-    for each in placed:
-        need[each.node_id] = need.get(each.node_id, 0) + units
-    return need
 
 
 def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]) -> Outcome:

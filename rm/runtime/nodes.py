@@ -167,9 +167,7 @@ class NodeWatch:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                if self._next is None:
-                    self._next = asyncio.get_running_loop().create_future()
-                await asyncio.wait([self._next], timeout=left)
+                await asyncio.wait([self._next_reading()], timeout=left)
             return True
         finally:
             self._waiting -= 1
@@ -179,9 +177,13 @@ class NodeWatch:
         while True:
             if missing := [each for each in node_ids if self.seen.gone(each)]:
                 return min(missing)
-            if self._next is None:
-                self._next = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._next])
+            await asyncio.wait([self._next_reading()])
+
+    def _next_reading(self) -> asyncio.Future[None]:
+        """Done when the next reading is there. One for all who wait: it must not be cancelled."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        return self._next
 
     def _report(self, seen: Seen) -> None:
         now = self._clock()

@@ -22,9 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayError
-
-from rm.core.model import Gang, PlacedBundle
+from rm.core.model import Gang, PlacedBundle, units_by_node
 from rm.core.resources import GPU_UNIT, Bundle
 from rm.runtime.nodes import NodeWatch, Seen
 from rm.runtime.placements import Placements
@@ -46,15 +44,10 @@ class Stand:
     places: tuple[object, ...]
     runtime_env: str
     runners: list[Any]
-    node_ids: tuple[str, ...]
+    count: int
+    units: Counter[str]
+    """GPU units by node."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
-
-    def units(self) -> Counter[str]:
-        """GPU units by node."""
-        units: Counter[str] = Counter()
-        for node_id in self.node_ids:
-            units[node_id] += self.bundle.gpu_units
-        return units
 
 
 class Stands:
@@ -70,14 +63,8 @@ class Stands:
         self._leaving: dict[str, Stand] = {}
         """Idle ones that are being taken down, by holder like the others."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self.on_gone: Callable[[str], object] | None = None
-        """Told the name of each stand that was taken down."""
 
     # --- one attempt's ---------------------------------------------------------------------------------------
-
-    def name(self, attempt: str) -> str:
-        """The name of the attempt's stand: that of its group and of its runners."""
-        return self._placements.name(attempt)
 
     def runners(self, attempt: str) -> list[Any]:
         """The runners of a stand that the attempt has taken over; empty where they have to be started or found."""
@@ -88,25 +75,19 @@ class Stands:
         """End the runners, remove the group, and see its GPUs free. Returns when that is so, however long it takes."""
         while True:
             try:
-                await self._runners.kill(self.name(attempt), count)
+                await self._runners.kill(self._placements.name(attempt), count)
                 group_id = await self._placements.remove(attempt)
                 if group_id is None:
                     break
                 gone = _gone(group_id, node_ids, time.monotonic())
                 if await self._watch.until(gone, REMOVE_AGAIN_S):
                     break
-            except RayError:
-                log.warning("release of %s failed; trying again", attempt, exc_info=True)
-                await asyncio.sleep(1)
             except Exception:
                 # Whatever it is: if we stopped here, nobody would ever give these GPUs back.
-                log.exception("release of %s broke; trying again", attempt)
+                log.warning("release of %s failed; trying again", attempt, exc_info=True)
                 await asyncio.sleep(1)
-        name = self.name(attempt)
         self._taken.pop(attempt, None)
         self._placements.forget(attempt)
-        if self.on_gone is not None:
-            self.on_gone(name)
 
     # --- handed on -------------------------------------------------------------------------------------------
 
@@ -122,15 +103,15 @@ class Stands:
         if not self._keep_s or self._placements.handle(attempt) is None:
             return False
         self._taken.pop(attempt, None)
-        node_ids = tuple(each.node_id for each in placed)
         stand = Stand(
             attempt,
-            self.name(attempt),
+            self._placements.name(attempt),
             gang.bundle,
             _places(gang.bundle, placed),
             env_key(env),
             runners,
-            node_ids,
+            len(placed),
+            units_by_node(placed, gang.bundle.gpu_units),
         )
         loop = asyncio.get_running_loop()
         stand.expiry = loop.call_later(self._keep_s, self._retire, stand)
@@ -142,10 +123,8 @@ class Stands:
         places = _places(gang.bundle, placed)
         return any(each.bundle == gang.bundle and each.places == places for each in self._idle.values())
 
-    def take(
-        self, attempt: str, gang: Gang, placed: Sequence[PlacedBundle], env: dict[str, Any]
-    ) -> Stand | None:
-        """Give an idle stand of this kind, the one used last, to the attempt; None where there is none."""
+    def take(self, attempt: str, gang: Gang, placed: Sequence[PlacedBundle], env: dict[str, Any]) -> bool:
+        """Give an idle stand of this kind, the one used last, to the attempt. False where there is none."""
         wanted = gang.bundle, _places(gang.bundle, placed), env_key(env)
         for stand in reversed(self._idle.values()):
             if (stand.bundle, stand.places, stand.runtime_env) == wanted:
@@ -155,39 +134,37 @@ class Stands:
                 self._placements.hand_over(stand.holder, attempt)
                 stand.holder = attempt
                 self._taken[attempt] = stand
-                return stand
-        return None
+                return True
+        return False
 
     def make_room(self, node_id: str, units: int) -> None:
         """Somebody else needs so much more of the node than is free: take idle stands there down, the oldest first."""
-        coming = sum(each.units()[node_id] for each in self._leaving.values())
+        coming = sum(each.units[node_id] for each in self._leaving.values())
         for stand in list(self._idle.values()):
             if coming >= units:
                 return
-            if stand.units()[node_id]:
-                coming += stand.units()[node_id]
+            if stand.units[node_id]:
+                coming += stand.units[node_id]
                 self._retire(stand)
 
     def held(self) -> dict[str, dict[str, int]]:
         """What stands without an attempt hold yet: node → name → GPU units."""
         held: dict[str, dict[str, int]] = {}
-        for stand in (*self._idle.values(), *self._leaving.values()):
-            for node_id, units in stand.units().items():
+        for stand in self._unused():
+            for node_id, units in stand.units.items():
                 held.setdefault(node_id, {})[stand.name] = units
         return held
 
     def unused(self) -> frozenset[str]:
         """The names of the stands that no attempt has."""
-        return frozenset(each.name for each in (*self._idle.values(), *self._leaving.values()))
+        return frozenset(each.name for each in self._unused())
 
     def unused_groups(self) -> frozenset[str]:
         """The same, Ray's ids of their groups."""
-        unused = (*self._idle.values(), *self._leaving.values())
-        return frozenset(filter(None, (self._placements.group_id(each.holder) for each in unused)))
+        return frozenset(filter(None, (self._placements.group_id(each.holder) for each in self._unused())))
 
-    def adopt(self, attempt: str, name: str) -> None:
-        """After a restart: the attempt has the stand of this name, by the ledger."""
-        self._placements.hand_over(name, attempt)
+    def _unused(self) -> list[Stand]:
+        return [*self._idle.values(), *self._leaving.values()]
 
     def retire_all(self) -> None:
         """Nobody comes any more."""
@@ -211,7 +188,7 @@ class Stands:
 
     async def _retired(self, stand: Stand) -> None:
         try:
-            await self.take_down(stand.holder, set(stand.node_ids), len(stand.node_ids))
+            await self.take_down(stand.holder, set(stand.units), stand.count)
         finally:
             self._leaving.pop(stand.holder, None)
 
