@@ -102,14 +102,17 @@ class Readings(threading.Thread):
     def run(self) -> None:
         from rm.runtime.nodes import read_nodes
 
-        seen = read_nodes()
+        seen, began = read_nodes(), time.monotonic()
         while not self._over.is_set():
             now = read_nodes(seen)
             if not now.unheard:
                 self._heard_at = now.at
-            self.wrong += [f"node {each} is gone" for each in seen.nodes if now.gone(each)]
+            self.wrong += [
+                f"{now.at - began:.3f} s: node {each} is gone" for each in seen.nodes if now.gone(each)
+            ]
             for group_id, nodes in self._groups.items():
-                self.wrong += [f"{each} lacks {group_id}" for each in nodes if now.lacks(group_id, each)]
+                lacking = [each for each in nodes if now.lacks(group_id, each)]
+                self.wrong += [f"{now.at - began:.3f} s: {each} lacks {group_id}" for each in lacking]
             seen = now
             time.sleep(0.002)
 
@@ -118,6 +121,16 @@ class Readings(threading.Thread):
         return self._heard_at > at
 
     def __enter__(self) -> Self:
+        from rm.runtime.nodes import read_nodes
+
+        def reported() -> bool:
+            now = read_nodes()
+            return all(
+                now.holds(group_id, each) for group_id, nodes in self._groups.items() for each in nodes
+            )
+
+        # A group counts as made when the GCS has committed it; its nodes' own report comes up to a period later.
+        wait_until(reported, 10, "the groups stand in their nodes' reports")
         self.start()
         return self
 
