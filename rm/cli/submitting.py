@@ -134,6 +134,8 @@ def submit(
         return 0
     print(job.id, flush=True)
     if sys.stderr.isatty():
+        if (why := job.why()).estimated:
+            note(f"{job.id}: {why.start}")
         note(f"follow it with: rmctl logs -f {job.id}")
     return 0
 

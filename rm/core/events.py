@@ -236,24 +236,32 @@ class ForeignUseObserved:
 class NodeTypesObserved:
     """The node types that the autoscaler may launch, each with its `most`. Empty where no autoscaler runs.
 
-    `most_in_all`: of all types together; None where only the types have bounds.
+    `most_in_all`: of all types together; None where only the types have bounds. `awaited`: an autoscaler runs, or may
+    run, whose node types could not be read yet: what no node could hold may still be possible.
     """
 
     durable: ClassVar[bool] = False
     at: float
     shapes: tuple[NodeShape, ...]
     most_in_all: int | None = None
+    awaited: bool = False
     job_id: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchesObserved:
-    """How many nodes of each type are up, and how many are on their way: asked for, launched, booting."""
+    """How many nodes of each type are up, and how many are on their way: asked for, launched, booting.
+
+    `short`: types of which nodes are up with fewer GPUs than the type declares: how many, and the fewest GPUs of one.
+    `returnable`: the nodes that the autoscaler takes away again when they are idle, by id.
+    """
 
     durable: ClassVar[bool] = False
     at: float
     up: tuple[tuple[str, int], ...]
     booting: tuple[tuple[str, int], ...]
+    short: tuple[tuple[str, int, int], ...] = ()
+    returnable: tuple[str, ...] = ()
     job_id: ClassVar[None] = None
 
 

@@ -92,6 +92,8 @@ class ClusterState:
         self.launches = Launches()
         self.cordons: dict[str, Cordon] = {}
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
+        self.idle_since: dict[str, float] = {}
+        """By node id, since when nobody holds a GPU there, of those where nobody does."""
         self.health = Health()
         self.predictor = Predictor()
         self.remaining = Remaining()
@@ -141,7 +143,7 @@ class ClusterState:
         """What follows from the state and the time alone. Called before each cycle, after what has happened.
 
         Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often, or that came back;
-        node types of which no node joins.
+        node types of which no node joins, or a smaller one than they declare.
         """
         events: list[StopRequested | NodeCordoned | CordonInherited | LaunchFailed] = [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
@@ -151,7 +153,7 @@ class ClusterState:
         events += self._failing(now)
         events += self._came_back(now)
         events += [
-            LaunchFailed(now, name, why) for name, why in list(self.launches.overdue(self.policy, now))
+            LaunchFailed(now, name, why) for name, why in list(self.launches.failing(self.policy, now))
         ]
         return events
 
@@ -308,6 +310,7 @@ class ClusterState:
         self.capacity.take(job.gang.bundle, event.placed)
         attempt = Attempt(event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type)
         self._put(replace(job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None))
+        self._note_idle({each.node_id for each in event.placed}, event.at)
         return [Reserve(job.id, event.attempt, job.gang.sized(len(event.placed)), event.placed)]
 
     def _ready(self, event: PlacementReady) -> list[Effect]:
@@ -427,6 +430,7 @@ class ClusterState:
             self._requeue(job, attempt, outcome, event.at)
         else:
             self._finish(job, event.at, final)
+        self._note_idle({each.node_id for each in attempt.placed}, event.at)
         return []
 
     def _node_joined(self, event: NodeJoined) -> list[Effect]:
@@ -451,6 +455,7 @@ class ClusterState:
         self.capacity.join(node)
         self._nodes_changed()
         self._note_cordoned(node.id, name=node.name, gone_at=None)
+        self._note_idle((node.id,), event.at)
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
@@ -458,6 +463,7 @@ class ClusterState:
         # A node that went while nobody looked never came: what was charged on it is lost all the same.
         if self.capacity.leave(event.node_id) is not None:
             self.health.forget(event.node_id)
+            self.idle_since.pop(event.node_id, None)
             self._nodes_changed()
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
@@ -525,17 +531,20 @@ class ClusterState:
                     foreign_memory_bytes=event.memory_bytes,
                 )
             )
+            self._note_idle((event.node_id,), event.at)
             self.books.moves += 1
             self.version += 1
         return []
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
-        self.launches.observe_types(event.shapes, event.most_in_all)
+        self.launches.observe_types(event.shapes, event.most_in_all, awaited=event.awaited)
         self._nodes_changed()
         return []
 
     def _launches_observed(self, event: LaunchesObserved) -> list[Effect]:
-        self.launches.observe(dict(event.up), dict(event.booting), event.at)
+        self.launches.observe(
+            dict(event.up), dict(event.booting), event.at, short=event.short, returnable=event.returnable
+        )
         self._nodes_changed()
         return []
 
@@ -543,6 +552,19 @@ class ClusterState:
         self.launches.fail(event.node_type, event.message, event.at)
         self.version += 1
         return []
+
+    def _note_idle(self, node_ids: Iterable[str], now: float) -> None:
+        """Something has changed on these nodes: who is idle still has been since it was."""
+        for node_id in node_ids:
+            if self._idle(node_id):
+                self.idle_since.setdefault(node_id, now)
+            else:
+                self.idle_since.pop(node_id, None)
+
+    def _idle(self, node_id: str) -> bool:
+        if node_id not in self.capacity or self.books.charged_on.get(node_id):
+            return False
+        return not self.capacity[node_id].foreign_units
 
     def _nodes_changed(self) -> None:
         self.books.quota.resize(self._gpus_by_type())
@@ -684,6 +706,8 @@ class ClusterState:
         self.capacity.check()
         cordoned = {node.id for node in self.nodes.values() if node.cordoned}
         _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
+        idle = {node_id for node_id in self.nodes if self._idle(node_id)}
+        _require(self.idle_since.keys() == idle, f"idle are {idle}, and not {set(self.idle_since)}")
         nodes = {
             node.id: replace(
                 node,

@@ -391,8 +391,11 @@ class Writer:
             break
         old = self.state
         effects = self._restore(loaded)
-        for event in _observations(old):
+        for event in _observations(old, self._clock()):
             self.state.apply(event)
+        self.state.idle_since |= {
+            node_id: since for node_id, since in old.idle_since.items() if node_id in self.state.idle_since
+        }
         self._publish([*loaded.jobs, *ended])
         self._execute(effects)
         self._wake.set()
@@ -436,18 +439,26 @@ def _records(
         yield replace(job, array=f"j{first}", array_index=index), own_key
 
 
-def _observations(state: ClusterState) -> list[Event]:
+def _observations(state: ClusterState, now: float) -> list[Event]:
     """What is known of the nodes, as the events that say it again."""
     launches = state.launches
     events: list[Event] = [
-        NodeTypesObserved(0, tuple(launches.types.values()), launches.most_in_all),
-        LaunchesObserved(0, tuple(launches.up.items()), tuple(launches.booting.items())),
+        NodeTypesObserved(now, tuple(launches.types.values()), launches.most_in_all, launches.awaited),
+        LaunchesObserved(
+            now,
+            tuple(launches.up.items()),
+            tuple(launches.booting.items()),
+            launches.short,
+            tuple(sorted(launches.returnable)),
+        ),
     ]
     for node in state.nodes.values():
         events += [
-            NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),
+            NodeJoined(
+                now, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels
+            ),
             ForeignUseObserved(
-                0, node.id, node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes
+                now, node.id, node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes
             ),
         ]
     return events

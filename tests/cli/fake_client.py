@@ -139,7 +139,7 @@ class FakeClient(Client):
         return [each for each in self.views.values() if each.array == array_id and each.array_counts is None]
 
     def on_why(self, job_id: str) -> dict[str, Any]:
-        return self.reasons[job_id]
+        return self.reasons.get(job_id, {"code": "NotWaiting", "message": ""})
 
     def on_nodes(self, *, gone: bool = False) -> list[NodeView]:
         return [each for each in self.node_views if gone or each.status != "gone"]
