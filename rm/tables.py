@@ -188,7 +188,7 @@ def _failed_launch(failed: Mapping[str, Any], now: float) -> str:
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them.
 
-    STATUS is left out where all are ready.
+    STATUS is left out where all are ready and none is idle.
     """
     rows = [
         (
@@ -208,14 +208,16 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     ]
     numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
     names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS", "STATUS")
-    shown = len(names) - all(view.cordon is None for view in views)
+    shown = len(names) - all(node_status(view) == "ready" for view in views)
     return grid(names[:shown], [row[:shown] for row in rows], numbers)
 
 
 def node_status(view: NodeView) -> str:
-    """ "ready", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud"."""
+    """ "ready", "idle since 2026-03-01 14:05:09", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud"."""
+    if view.booting_since is not None:
+        return f"{view.status} since {moment(view.booting_since)}"
     if view.cordon is None:
-        return view.status
+        return view.status if view.idle_since is None else f"idle since {moment(view.idle_since)}"
     said = view.cordon
     deadline = said["deadline"] if view.status == "draining" else None
     until = "" if deadline is None else f" until {moment(deadline)}"
@@ -262,13 +264,13 @@ def by_kind(amounts: dict[str, float]) -> str:
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
-    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free, or idle on a cordoned node."""
+    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free, or not to be had."""
     cells = min(view.gpus, BAR_CELLS)
     ours = round(view.charged_gpus / view.gpus * cells) if view.gpus else 0
     others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
     full, foreign, free, closed = "#x.-" if ascii_only else "█▒░╌"
     rest = cells - ours - others
-    idle = (free * rest, "green") if view.cordon is None else (closed * rest, "dim")
+    idle = (free * rest, "green") if view.status == "ready" else (closed * rest, "dim")
     return Text.assemble((full * ours, "blue"), (foreign * others, "magenta"), idle)
 
 

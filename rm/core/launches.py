@@ -226,7 +226,7 @@ class Launches:
     ) -> None:
         """What is there of each type. A node that joined ends the type's pause, and tells how long a boot takes.
 
-        Not so one with fewer GPUs than its type declares: whoever needs a whole one would ask for the next, and for ever.
+        Not so one with fewer GPUs than its type declares: whoever needs a whole one would ask for the next for ever.
         """
         before = {name: count for name, count, _ in self.short}
         came_short = {name: gpus for name, count, gpus in short if count > before.get(name, 0)}
@@ -268,7 +268,7 @@ class Launches:
 
 
 def _as_many(before: tuple[float, ...] | None, count: int, now: float, asked: float) -> tuple[float, ...]:
-    """The moments of so many nodes. More have begun now, the first ones when they were asked for; the oldest have come."""
+    """The moments of so many nodes. The first began when they were asked for, more begin now; the oldest come first."""
     if before is None:
         return (asked,) * count
     return before[max(0, len(before) - count) :] + (now,) * (count - len(before))

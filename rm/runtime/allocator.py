@@ -69,6 +69,7 @@ from rm.views import (
     QueueView,
     array_status,
     array_view,
+    booting_node_view,
     gone_node_view,
     job_view,
     node_view,
@@ -523,11 +524,19 @@ class Allocator:
             return await asyncio.to_thread(self._ledger.events, None, after, limit, array_id=job_id)
         return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
 
-    async def nodes(self, *, gone: bool = False) -> list[NodeView]:
-        """Every node with what is charged, foreign and free on it. `gone`: also nodes that left, and are cordoned."""
+    async def nodes(self, *, gone: bool = False, booting: bool = False) -> list[NodeView]:
+        """Every node with what is charged, foreign and free on it.
+
+        `booting`: also nodes that are on their way. `gone`: also nodes that left, and are cordoned.
+        """
         await self._up()
         views = self._node_views(self._writer.view().nodes.values())
-        return views + [gone_node_view(each) for each in self._gone_cordons()] if gone else views
+        if booting:
+            coming = self._writer.state.launches.on_their_way(self._clock())
+            views += [booting_node_view(each) for each in coming if each.booting]
+        if gone:
+            views += [gone_node_view(each) for each in self._gone_cordons()]
+        return views
 
     def _gone_cordons(self) -> list[Cordon]:
         """Cordons of nodes that are not there."""
@@ -574,7 +583,7 @@ class Allocator:
         }
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
-        view, cordons = self._writer.view(), self._writer.state.cordons
+        view, cordons, idle = self._writer.view(), self._writer.state.cordons, self._writer.state.idle_since
         warm = self._stands.held()
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
@@ -582,7 +591,13 @@ class Allocator:
                 on.setdefault(node_id, []).append(job.id)
         listed = sorted(nodes, key=lambda node: (-node.gpu_slots, node.name, node.id))
         return [
-            node_view(node, tuple(sorted(on.get(node.id, ()))), cordons.get(node.id), warm.get(node.id, {}))
+            node_view(
+                node,
+                tuple(sorted(on.get(node.id, ()))),
+                cordons.get(node.id),
+                warm.get(node.id, {}),
+                idle.get(node.id),
+            )
             for node in listed
         ]
 

@@ -198,8 +198,10 @@ START = {
     [
         (
             START,
-            "it will start in about 4 min on a new g5.12xlarge (5.672 an hour), 15 min in the worst of ten cases; "
-            "without it in about 12 min on a100-1 (estimated)",
+            (
+                "it will start in about 4 min on a new g5.12xlarge (5.672 an hour), 15 min in the worst of ten cases; "
+                "without it in about 12 min on a100-1 (estimated)"
+            ),
         ),
         (
             {**START, "wait_s": None, "price": None, "p90_s": None},
@@ -218,8 +220,10 @@ START = {
         ),
         (
             {**START, "new_nodes": ("a8", "a8"), "nodes": ("n1", "n2", "n3", "n4", "n5"), "wait_s": None},
-            "it will start in about 4 min on n1, n2, n3, 2 more and 2 new a8 (5.672 an hour), "
-            "15 min in the worst of ten cases (estimated)",
+            (
+                "it will start in about 4 min on n1, n2, n3, 2 more and 2 new a8 (5.672 an hour), "
+                "15 min in the worst of ten cases (estimated)"
+            ),
         ),
         ({"p50_s": None, "p90_s": None, "basis": "too many ask"}, "no estimate of its start: too many ask"),
     ],
