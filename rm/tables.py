@@ -308,10 +308,9 @@ def sentence(view: EventView) -> str:
     body = view.body
     match view.kind:
         case "JobSubmitted":
-            gang = body.get("gang") or {}
-            units = (gang.get("bundle") or {}).get("gpu_units", 0)
-            count = f"{gang['count']} × " if gang.get("count", 1) > 1 else ""
-            return f"{body.get('name')} by {body.get('owner')}: {count}{units / 10_000:g} GPU"
+            return f"{body.get('name')} by {body.get('owner')}: {_gang(body)}"
+        case "GangCut":
+            return f"the node types are known: {_gang(body)}"
         case "AvailabilityChecked":
             return reason(body.get("reason")) or "fits"
         case "JobAdmitted":
@@ -373,6 +372,14 @@ def audited(view: AuditView) -> str:
         return f"{sides} agree: {compared}"
     left = sum(not each.repaired for each in view.findings)
     return f"{sides} differed in {len(view.findings)}, {left} of them not repaired: {compared}"
+
+
+def _gang(body: dict[str, Any]) -> str:
+    """ "2 × 4 GPU"."""
+    gang = body.get("gang") or {}
+    units = (gang.get("bundle") or {}).get("gpu_units", 0)
+    count = f"{gang['count']} × " if gang.get("count", 1) > 1 else ""
+    return f"{count}{units / 10_000:g} GPU"
 
 
 def _cordon_sentence(kind: str, body: dict[str, Any]) -> str:

@@ -90,11 +90,11 @@ class NodeView:
     `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
     next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.
 
-    `status`: "ready", "cordoned", "draining", "drained", "gone" or "booting". Where it is not ready nothing is free, and
+    `status`: "ready", "cordoned", "draining", "drained", "gone" or "booting". Where it isn't ready nothing is free, and
     `cordon` says why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None). A node that is "gone" is not
     in the cluster: what is left of it is its cordon, with `gone_at` (None: not known). One that is "booting" is not
-    there yet: it has no id, its name is its node type, `jobs` are those that wait for it, and `booting_since` is when it
-    was asked for, or first seen to boot.
+    there yet: it has no id, its name is its node type, `jobs` are those that wait for it, and `booting_since` is when
+    it was asked for, or first seen to boot.
     """
 
     id: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rm.core.model import Job, NodeShape, Outcome, PlacedBundle, StopCause
+from rm.core.model import Gang, Job, NodeShape, Outcome, PlacedBundle, StopCause
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
 
@@ -249,6 +249,16 @@ class NodeTypesObserved:
 
 
 @dataclass(frozen=True, slots=True)
+class GangCut:
+    """A job that was submitted before the node types were known gets the bundles that it would have got since."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    gang: Gang
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchesObserved:
     """How many nodes of each type are up, and how many are on their way: asked for, launched, booting.
 
@@ -297,6 +307,7 @@ Event = (
     | CordonInherited
     | ForeignUseObserved
     | NodeTypesObserved
+    | GangCut
     | LaunchesObserved
     | LaunchFailed
 )

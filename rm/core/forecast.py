@@ -73,10 +73,11 @@ class Twin:
         self._predictor, self._remaining = state.predictor, state.remaining
         self._now = now
         launches = state.launches
-        self._coming = [
-            (each, *(launches.joins_at(each, state.policy, now, median=median) for median in (True, False)))
-            for each in launches.on_their_way(now)
-        ]
+        self._coming = launches.on_their_way(now)
+        self._joins_at = {
+            median: [launches.joins_at(each, state.policy, now, median=median) for each in self._coming]
+            for median in (True, False)
+        }
 
     def forecast(self, job_id: str) -> Forecast:
         """When the queued job `job_id` will start."""
@@ -99,18 +100,18 @@ class Twin:
         assert start is not None
         choice = any(job.id == job_id and len(job.gang.gpu_types) > 1 for job in self._jobs)
         gpu_type = start.gpu_type if choice else None
-        names, new = self._places(start)
+        nodes, new = self._places(start)
         basis = "the scheduler run forward on predicted durations"
         if not new:
-            return Forecast(p50, p90, basis, gpu_type, names)
+            return Forecast(p50, p90, basis, gpu_type, nodes)
         basis += " and boot times"
         prices = [self._policy.prices.get(each) for each in new]
         price = None if None in prices else sum(each or 0.0 for each in prices)
         wait = self._run(job_id, True, set(), all_that_comes=False)
         if wait is None:
-            return Forecast(p50, p90, basis, gpu_type, names, new, price)
+            return Forecast(p50, p90, basis, gpu_type, nodes, new, price)
         wait_names = (*self._places(wait)[0], *self._places(wait)[1])
-        return Forecast(p50, p90, basis, gpu_type, names, new, price, wait.at - self._now, wait_names)
+        return Forecast(p50, p90, basis, gpu_type, nodes, new, price, wait.at - self._now, wait_names)
 
     def _places(self, start: JobAdmitted) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the nodes that are up, and the types of those that are not yet."""
@@ -130,11 +131,10 @@ class Twin:
 
     def _nodes_joining(self, median: bool, all_that_comes: bool) -> Iterable[NodeJoined]:
         """The nodes on their way, each at its moment. Not all: only those for which nobody has asked."""
-        for number, (coming, early, late) in enumerate(self._coming):
+        for number, (coming, at) in enumerate(zip(self._coming, self._joins_at[median], strict=True)):
             if all_that_comes or not coming.jobs:
                 shape = coming.shape
                 node_id = f"{_NEW}{number}/{shape.name}"
-                at = early if median else late
                 yield NodeJoined(
                     at,
                     node_id,

@@ -272,6 +272,8 @@ class Job:
     """Jobs that must still succeed before it may start."""
     held: bool = False
     held_by: str = ""
+    uncut: bool = False
+    """How many nodes its GPUs are to be on is not settled: it was submitted before the node types were known."""
     array: str = ""
     """The id under which the jobs of an array were submitted together; `array_index` is its place there."""
     array_index: int | None = None

@@ -33,6 +33,7 @@ from rm.core.events import (
     CordonInherited,
     Event,
     ForeignUseObserved,
+    GangCut,
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
@@ -92,6 +93,8 @@ class ClusterState:
         self.launches = Launches()
         self.cordons: dict[str, Cordon] = {}
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
+        self.uncut: dict[str, None] = {}
+        """Queued jobs that are to be cut as soon as the node types are known (`scaleup.cuts`)."""
         self.idle_since: dict[str, float] = {}
         """By node id, since when nobody holds a GPU there, of those where nobody does."""
         self.health = Health()
@@ -309,7 +312,10 @@ class ClusterState:
             raise self._invalid(job, event)
         self.capacity.take(job.gang.bundle, event.placed)
         attempt = Attempt(event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type)
-        self._put(replace(job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None))
+        admitted = replace(
+            job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None, uncut=False
+        )
+        self._put(admitted)
         self._note_idle({each.node_id for each in event.placed}, event.at)
         return [Reserve(job.id, event.attempt, job.gang.sized(len(event.placed)), event.placed)]
 
@@ -541,6 +547,12 @@ class ClusterState:
         self._nodes_changed()
         return []
 
+    def _gang_cut(self, event: GangCut) -> list[Effect]:
+        job = self.jobs.get(event.job_id)
+        if job is not None and job.uncut:
+            self._put(replace(job, gang=event.gang, uncut=False, reason=None))
+        return []
+
     def _launches_observed(self, event: LaunchesObserved) -> list[Effect]:
         self.launches.observe(
             dict(event.up), dict(event.booting), event.at, short=event.short, returnable=event.returnable
@@ -653,6 +665,7 @@ class ClusterState:
         self._changed[job.id] = ended
         self.version += 1
         del self.jobs[job.id]
+        self.uncut.pop(job.id, None)
         self._story.pop(job.id, None)
 
     def _learn(self, job: Job, ran_s: float) -> None:
@@ -675,6 +688,10 @@ class ClusterState:
             self.pending.remove(old)
         if job.attempt is None:
             self.pending.add(job, self._now)
+        if job.uncut:
+            self.uncut[job.id] = None
+        else:
+            self.uncut.pop(job.id, None)
         self._note_usage(job)
 
     def _note_usage(self, job: Job) -> None:
@@ -750,6 +767,7 @@ class ClusterState:
         fresh_held = {owner: usage.current for owner, usage in books.usage.items() if usage.current}
         _require(held == fresh_held, f"owners hold {held}, the attempts say {fresh_held}")
         self.pending.check(self.jobs)
+        _require(self.uncut.keys() == {job.id for job in self.jobs.values() if job.uncut}, "who is to be cut")
 
 
 def _resume(job: Job, attempt: Attempt) -> list[Effect]:
@@ -839,6 +857,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     CordonInherited: ClusterState._inherited,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
+    GangCut: ClusterState._gang_cut,
     LaunchesObserved: ClusterState._launches_observed,
     LaunchFailed: ClusterState._launch_failed,
 }

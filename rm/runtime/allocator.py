@@ -351,7 +351,10 @@ class Allocator:
             waits = Dependencies(self._writer, self._ledger)
             await waits.settle(name for spec, _, _ in new for name in spec.after)
             # From here to the writer's inbox nothing is waited for: what was settled stays so.
-            drafting = Drafting(self._writer.state.policy, self._writer.state.node_shapes(), self._clock())
+            state = self._writer.state
+            drafting = Drafting(
+                state.policy, state.node_shapes(), self._clock(), awaited=state.launches.awaited
+            )
             drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
             new_texts = [text for _, _, text in new]
             accepted = iter(await self._writer.submit(drafts, new_texts) if drafts else [])

@@ -40,7 +40,7 @@ from rm.core.launches import Wanted
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
 from rm.core.records import replace
-from rm.core.scaleup import decide
+from rm.core.scaleup import cuts, decide
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -322,6 +322,7 @@ class Writer:
         """The inbox, and when all of it has been applied, what is due then."""
         yield from inbox
         yield from self.state.due(now)
+        yield from cuts(self.state, now)
 
     def _require_known(self, event: Event) -> None:
         """A job must not wait for one that nobody will ever report: the state may have been read anew meanwhile."""

@@ -144,6 +144,39 @@ def test_a_node_that_is_smaller_than_its_type_declares_is_not_asked_for_again_an
     assert fake.state.jobs[job].attempt is not None
 
 
+def test_a_job_that_came_before_the_node_types_waits_for_them_and_is_cut_by_them() -> None:
+    fake = FakeCluster()
+    fake.add_node("head", 0)
+    fake.happen(NodeTypesObserved(0, (), None, awaited=True))
+    job, small, gone = fake.submit(12, uncut=True), fake.submit(2, uncut=True), fake.submit(4, uncut=True)
+    reason = why(fake.state, fake.state.jobs[job], fake.now)
+    assert (reason.code, reason.evidence) == ("NotEvaluated", {"needs": "12 GPU", "node_types": "awaited"})
+    assert "what can be launched is not known yet" in reason.message
+    fake.cancel(gone)
+    fake.happen(NodeTypesObserved(1, (shape("a", 8, 2),)))
+    gangs = {
+        each.id: (each.gang.count, each.gang.bundle.gpu_units, each.uncut)
+        for each in fake.state.jobs.values()
+    }
+    assert gangs == {job: (2, 60_000, False), small: (1, 20_000, False)}
+    assert nodes_wanted(fake) == {"a": 2}
+
+
+def test_without_an_autoscaler_after_all_the_job_says_that_it_is_infeasible() -> None:
+    fake = FakeCluster()
+    fake.add_node("n", 4)
+    fake.happen(NodeTypesObserved(0, (), None, awaited=True))
+    large = fake.submit(16, uncut=True)
+    two = fake.submit(8, uncut=True)
+    fits = fake.submit(2, uncut=True)
+    assert fake.state.jobs[fits].attempt is not None, "what fits starts at once"
+    assert not fake.state.jobs[fits].uncut
+    fake.happen(NodeTypesObserved(1, ()))
+    for job in (large, two):
+        assert why(fake.state, fake.state.jobs[job], fake.now).code == "Infeasible"
+        assert fake.state.jobs[job].gang.count == 1
+
+
 def test_since_when_a_node_is_idle() -> None:
     fake = cluster()
     fake.now = 5
