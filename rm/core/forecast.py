@@ -148,6 +148,7 @@ class Twin:
     def _policy_state(self) -> ClusterState:
         twin = ClusterState(self._policy)
         twin.learns = False
+        twin.launches.returnable = frozenset(node.id for node in self._nodes if node.returnable)
         twin.predictor, twin.remaining = self._predictor, self._remaining
         twin.books.adopt_usage(self._usage)
         return twin

@@ -129,6 +129,8 @@ class Node:
     foreign_memory_bytes: int = 0
     cordoned: bool = False
     """Nothing new is placed here."""
+    returnable: bool = False
+    """An autoscaler takes it away when it is idle."""
 
     @property
     def gpu_type(self) -> str | None:

@@ -451,6 +451,7 @@ class ClusterState:
             event.memory_bytes,
             event.labels,
             cordoned=event.node_id in self.cordons,
+            returnable=event.node_id in self.launches.returnable,
         )
         for job_id in sorted(self.books.charged_on.get(node.id, ())):
             job = self.jobs[job_id]
@@ -557,6 +558,9 @@ class ClusterState:
         self.launches.observe(
             dict(event.up), dict(event.booting), event.at, short=event.short, returnable=event.returnable
         )
+        for node in list(self.nodes.values()):
+            if node.returnable != (node.id in self.launches.returnable):
+                self.capacity.mark_returnable(node.id, not node.returnable)
         self._nodes_changed()
         return []
 
@@ -723,6 +727,8 @@ class ClusterState:
         self.capacity.check()
         cordoned = {node.id for node in self.nodes.values() if node.cordoned}
         _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
+        returnable = {node.id for node in self.nodes.values() if node.returnable}
+        _require(returnable == self.launches.returnable & self.nodes.keys(), f"returnable are {returnable}")
         idle = {node_id for node_id in self.nodes if self._idle(node_id)}
         _require(self.idle_since.keys() == idle, f"idle are {idle}, and not {set(self.idle_since)}")
         nodes = {
