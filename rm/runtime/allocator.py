@@ -191,6 +191,7 @@ class Allocator:
             lambda event: self._writer.post(event),
             self._clock,
             self._keep_progress,
+            self._autoscaler.hurry,
         )
         self._writer = Writer(
             self._ledger,

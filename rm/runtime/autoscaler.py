@@ -11,6 +11,7 @@ started one in a container of its own, or the GCS does not answer. Nothing is re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -100,6 +101,11 @@ class Autoscaler:
         self._launches: LaunchesObserved | None = None
         self._failed: set[tuple[str, int, int, str]] | None = None
         self._leaving: set[str] = set()
+        self._hurry = asyncio.Event()
+
+    def hurry(self) -> None:
+        """Look now: a group waits that should have been made, so perhaps Ray takes a node away."""
+        self._hurry.set()
 
     async def run(self) -> None:
         """Look for ever. A look that fails (the GCS restarts) is logged, and the next one comes."""
@@ -115,7 +121,10 @@ class Autoscaler:
             booting = bool(self._launches and self._launches.booting)
             # A head that has just started publishes its node types some seconds later.
             young = not self.types and self._young
-            await asyncio.sleep(BUSY_S if young or booting or self._busy() else CALM_S)
+            pause_s = BUSY_S if young or booting or self._busy() else CALM_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), pause_s)
+            self._hurry.clear()
 
     @property
     def _young(self) -> bool:
@@ -135,8 +144,15 @@ class Autoscaler:
             awaited = not found.types and self._young and (found.unreadable or _beside_kuberay())
             shapes = tuple(each.shape for each in found.types.values())
             self._tell_types(shapes, found.most_in_all, awaited=awaited)
+        status = await asyncio.to_thread(_read_status)
         if self.types:
-            self._report(await asyncio.to_thread(_read_status))
+            self._report(status)
+        nodes = [*status.active_nodes, *status.idle_nodes]
+        self._report_leaving(
+            {each.node_id for each in nodes if each.node_status == "DRAINING"},
+            {each.node_id for each in nodes},
+            self._clock(),
+        )
 
     def _tell_types(self, shapes: tuple[NodeShape, ...], most_in_all: int | None, *, awaited: bool) -> None:
         told = NodeTypesObserved(0.0, shapes, most_in_all, awaited)
@@ -162,11 +178,6 @@ class Autoscaler:
             self._launches = seen
             self._post(replace(seen, at=now))
         self._report_failures(status, now)
-        self._report_leaving(
-            {each.node_id for each in nodes if each.node_status == "DRAINING"},
-            {each.node_id for each in nodes},
-            now,
-        )
 
     def _short(self, nodes: Iterable[NodeInfo]) -> tuple[tuple[str, int, int], ...]:
         """As in `LaunchesObserved`. Of a node that has not reported what it has, nothing is said."""

@@ -49,6 +49,9 @@ log = logging.getLogger("rm.gangs")
 STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
 
+SLOW_S = 1.0
+"""After this long, a group whose GPUs were free is looked after, and then each time again."""
+
 _Key = tuple[str, int]
 Answer = TypeVar("Answer")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -68,8 +71,11 @@ class Gangs:
         post: Callable[[Event], None],
         clock: Callable[[], float],
         progress: Callable[[str, int, dict[str, Any]], None],
+        slow: Callable[[], None],
     ) -> None:
         self._progress = progress
+        self._slow = slow
+        """Called while a group waits for longer than it should."""
         self._ledger = ledger
         self._config = config
         self._placements = placements
@@ -175,12 +181,24 @@ class Gangs:
         group = await self._placements.create(attempt, effect.gang, effect.placed)
         if attempt in self._claims:
             self._claims[attempt] = (group.id.hex(), self._claims[attempt][1])
-        if not await self._placements.ready(attempt, timeout_s):
+        if not await self._group_ready(attempt, timeout_s):
             if len(need) == 1 and all(self._shows_free(*each) for each in need.items()):
                 blamed += need
                 return f"its placement group was not ready within {timeout_s:g} s though its GPUs are free"
             return f"its placement group was not ready within {timeout_s:g} s: the GPUs went to somebody else"
         return None
+
+    async def _group_ready(self, attempt: str, timeout_s: float) -> bool:
+        """Whether the group is committed in time. Ray makes none on a node that it takes away, and does not say so:
+        where it takes long, somebody looks. A node that is found so is cordoned, which stops the attempt."""
+        ready = asyncio.create_task(self._placements.ready(attempt, timeout_s))
+        try:
+            while not (await asyncio.wait([ready], timeout=SLOW_S))[0]:
+                self._slow()
+        finally:
+            if not ready.done():
+                ready.cancel()
+        return await ready
 
     async def _take_stand(self, effect: Reserve, attempt: str) -> bool:
         """Take over what another attempt has left in these places, if it has."""

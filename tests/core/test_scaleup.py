@@ -177,6 +177,13 @@ def test_without_an_autoscaler_after_all_the_job_says_that_it_is_infeasible() ->
         assert fake.state.jobs[job].gang.count == 1
 
 
+def test_a_node_that_joins_after_its_type_was_told_is_returnable_all_the_same() -> None:
+    fake = cluster(shape("a", 8, 3))
+    fake.happen(LaunchesObserved(0, (("a", 1),), (), returnable=("n",)))
+    fake.add_node("n", 8)
+    assert fake.state.nodes["n"].returnable
+
+
 def test_since_when_a_node_is_idle() -> None:
     fake = cluster()
     fake.now = 5

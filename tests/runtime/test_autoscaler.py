@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.autoscaler.v2.schema import ClusterStatus, NodeInfo, NodeUsage, ResourceUsage
 
-from rm.core.events import Event, LaunchesObserved, NodeTypesObserved
+from rm.core.events import Event, LaunchesObserved, NodeCordoned, NodeTypesObserved, NodeUncordoned
 from rm.runtime import autoscaler
 from rm.runtime.autoscaler import Autoscaler
 
@@ -136,3 +136,13 @@ def test_who_stays_and_who_is_given_back(look: Look, file: Path) -> None:
     assert returnable(node("a8", "n5", 8), node("b1", "n2", 1), node("head", "n0", 0)) == ("n2",)
     assert returnable(node("a8", "n1", 8), node("a8", "n5", 8)) == ("n1",), "n5 stays, as before"
     assert returnable(node("a8", "n1", 8), node("a8", "n3", 8)) == ("n3",)
+
+
+def test_a_node_that_ray_takes_away_is_cordoned_whether_or_not_an_autoscaler_runs(look: Look) -> None:
+    there, leaves = node("", "n1", 8), node("", "n2", 8)
+    assert look(there, leaves) == []
+    leaves.node_status = "DRAINING"
+    (told,) = look(there, leaves)
+    assert told == NodeCordoned(7.0, "n2", "autoscaler", "Ray takes the node away", True, 7.0)
+    assert look(there, leaves) == [], "told once"
+    assert look(there) == [NodeUncordoned(7.0, "n2", "autoscaler")]
