@@ -28,6 +28,7 @@ from rm import rights
 from rm.core.cycle import why_each
 from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
 from rm.core.forecast import Twin
+from rm.core.launches import Wanted
 from rm.core.model import TERMINAL, Cordon, Job, Kind, Node, Status, StopCause, attempt_key
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
@@ -199,7 +200,7 @@ class Allocator:
             execute=OldWorld(
                 self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
             ).execute,
-            want=self._asks.want,
+            want=self._want,
             max_pending=config.max_pending,
             max_pending_per_owner=config.max_pending_per_owner,
             check=bool(os.environ.get("RM_CHECK")),
@@ -243,6 +244,12 @@ class Allocator:
         deadline = time.monotonic() + FIRST_TURN_S
         while len(self._writer.view().nodes) < len(self._watch.seen.nodes) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+    def _want(self, wanted: Wanted) -> None:
+        busy = self._asks.busy
+        self._asks.want(wanted)
+        if self._asks.busy and not busy:
+            self._autoscaler.hurry()
 
     async def _remove_orphans(self, runners: Runners) -> None:
         """Groups of ours whose attempt the ledger doesn't know as live: nobody would ever release them."""

@@ -46,6 +46,8 @@ TYPES_S = 60.0
 """Between two looks at the node types: they change with `ray up`."""
 BUSY_S, CALM_S = 1.0, 10.0
 """Between two looks at the launches: while something is wanted or boots, and else."""
+HURRY_S = 0.25
+"""Between two looks at least, whoever asks for one."""
 MOST_OF_A_TYPE = 1000
 """Where a type has no bound."""
 MESSAGE_CHARS = 500
@@ -104,7 +106,8 @@ class Autoscaler:
         self._hurry = asyncio.Event()
 
     def hurry(self) -> None:
-        """Look now: a group waits that should have been made, so perhaps Ray takes a node away."""
+        """Look soon: something is wanted for the first time; or a group waits that should have been made, so that
+        perhaps Ray takes a node away."""
         self._hurry.set()
 
     async def run(self) -> None:
@@ -121,9 +124,10 @@ class Autoscaler:
             booting = bool(self._launches and self._launches.booting)
             # A head that has just started publishes its node types some seconds later.
             young = not self.types and self._young
+            await asyncio.sleep(HURRY_S)
             pause_s = BUSY_S if young or booting or self._busy() else CALM_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), pause_s)
+                await asyncio.wait_for(self._hurry.wait(), pause_s - HURRY_S)
             self._hurry.clear()
 
     @property
