@@ -71,10 +71,12 @@ class NodeClass:
         return sum(len(nodes) * (free // gpus) for free, nodes in enumerate(self.whole) if free >= gpus)
 
     def staying(self, free: int) -> int:
-        """How many of the first nodes in `whole[free]` stay, whatever is placed there: nobody takes them away, or
-        somebody has GPUs there already."""
+        """How many of the first nodes in `whole[free]` stay whatever is placed there. There must be some.
+
+        Nobody takes them away, or somebody has GPUs there already.
+        """
         nodes = self.whole[free]
-        if free < self.key.gpu_slots or not nodes or nodes[-1] < RETURNABLE:
+        if free < self.key.gpu_slots or nodes[-1] < RETURNABLE:
             return len(nodes)
         return bisect_left(nodes, RETURNABLE)
 

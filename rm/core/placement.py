@@ -236,17 +236,28 @@ def _bucket(
     most: int = LOOKS_PER_BUCKET,
 ) -> Iterator[Node]:
     """Nodes with exactly `free` whole devices, those of `used` left out. Last come those that could go away instead."""
-    for stays in (True, False):
-        for group in classes:
-            if free < len(group.whole):
-                looks, staying = 0, group.staying(free)
-                for index in range(staying) if stays else range(staying, len(group.whole[free])):
-                    node = capacity.node_numbered(group.whole[free][index])
-                    if node.id not in used:
-                        yield node
-                        looks += 1
-                        if looks >= most:
-                            break
+    last: list[tuple[list[int], int]] = []
+    for group in classes:
+        if free < len(group.whole) and (numbers := group.whole[free]):
+            staying = group.staying(free)
+            if staying < len(numbers):
+                last.append((numbers, staying))
+            yield from _unused(capacity, numbers, range(staying), used, most)
+    for numbers, first in last:
+        yield from _unused(capacity, numbers, range(first, len(numbers)), used, most)
+
+
+def _unused(
+    capacity: Capacity, numbers: Sequence[int], indices: range, used: set[str], most: int
+) -> Iterator[Node]:
+    looks = 0
+    for index in indices:
+        node = capacity.node_numbered(numbers[index])
+        if node.id not in used:
+            yield node
+            looks += 1
+            if looks >= most:
+                return
 
 
 def _numbered(numbers: Iterable[int], capacity: Capacity) -> Iterator[Node]:
