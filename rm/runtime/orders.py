@@ -73,6 +73,8 @@ class RunResult:
     """How one bundle's processes ended. `rank` and what follows describe the first that failed by itself."""
 
     ok: bool
+    began: bool = False
+    """User code ran, or could not be started for its own fault."""
     rank: int | None = None
     exit_code: int | None = None
     signal: int | None = None
@@ -84,5 +86,7 @@ class RunResult:
     """The processes were told to stop and had not failed before."""
     clean: bool = False
     """Nothing of it is left on the node: another attempt may follow in the same place."""
+    port: int = 0
+    """Where it is clean: free there now, for the next attempt's rendezvous."""
     progress: dict[str, Any] | None = None
     failed_at: float = field(default=0.0)
