@@ -170,13 +170,15 @@ def submissions(client: Any, count: int) -> tuple[float, float]:
 def polling(address: str) -> Iterator[None]:
     """POLLERS clients, in a process of their own, that each ask for the status of the newest job every second."""
     code = f"import sys; sys.path.insert(0, {str(REPO / 'benchmarks')!r}); import handover; handover.poll({address!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout is not None
     process.stdout.readline()
     try:
         yield
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 
@@ -226,14 +228,14 @@ def bare_ray(work: Callable[[], tuple[float, float]]) -> tuple[list[float], list
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    task = ray.remote(work)
+    task = ray.remote(num_cpus=0, num_gpus=GPUS)(
+        work
+    )  # by which Ray starts a process for each, as for any GPU task
 
     def once() -> tuple[float, float, float]:
         began = time.time()
         group = placement_group([{"GPU": GPUS}])
-        placed = task.options(
-            num_cpus=0, num_gpus=GPUS, scheduling_strategy=PlacementGroupSchedulingStrategy(group)
-        )
+        placed = task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group))
         first, end = ray.get(placed.remote())
         remove_placement_group(group)
         return began, first, end
