@@ -33,6 +33,7 @@ from rm.core.events import (
     CordonInherited,
     Event,
     ForeignUseObserved,
+    GpusQuarantined,
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
@@ -65,6 +66,7 @@ from rm.core.model import (
     NodeShape,
     Outcome,
     Phase,
+    Quarantine,
     Status,
     StopCause,
 )
@@ -92,6 +94,8 @@ class ClusterState:
         self.launches = Launches()
         self.cordons: dict[str, Cordon] = {}
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
+        self.quarantines: dict[str, Quarantine] = {}
+        """By node id, of nodes that are there. Not stored: what keeps the GPUs outlives the allocator and tells it."""
         self.health = Health()
         self.predictor = Predictor()
         self.remaining = Remaining()
@@ -440,7 +444,9 @@ class ClusterState:
             event.memory_bytes,
             event.memory_bytes,
             event.labels,
+            foreign_units=self._quarantined(event.node_id),
             cordoned=event.node_id in self.cordons,
+            quarantined_units=self._quarantined(event.node_id),
         )
         for job_id in sorted(self.books.charged_on.get(node.id, ())):
             job = self.jobs[job_id]
@@ -455,6 +461,7 @@ class ClusterState:
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
         self._note_cordoned(event.node_id, gone_at=event.at)
+        self.quarantines.pop(event.node_id, None)
         # A node that went while nobody looked never came: what was charged on it is lost all the same.
         if self.capacity.leave(event.node_id) is not None:
             self.health.forget(event.node_id)
@@ -520,7 +527,7 @@ class ClusterState:
             self.capacity.replace(
                 replace(
                     self.capacity[event.node_id],
-                    foreign_units=event.gpu_units,
+                    foreign_units=event.gpu_units + self._quarantined(event.node_id),
                     foreign_cpu_milli=event.cpu_milli,
                     foreign_memory_bytes=event.memory_bytes,
                 )
@@ -528,6 +535,26 @@ class ClusterState:
             self.books.moves += 1
             self.version += 1
         return []
+
+    def _gpus_quarantined(self, event: GpusQuarantined) -> list[Effect]:
+        if event.node_id not in self.capacity:
+            return []
+        old = self.quarantines.pop(event.node_id, None)
+        if event.units:
+            since = event.at if old is None else old.at
+            self.quarantines[event.node_id] = Quarantine(event.node_id, since, event.units, event.strays)
+        node = self.capacity[event.node_id]
+        others = node.foreign_units - node.quarantined_units
+        self.capacity.replace(
+            replace(node, foreign_units=others + event.units, quarantined_units=event.units)
+        )
+        self.books.moves += 1
+        self.version += 1
+        return []
+
+    def _quarantined(self, node_id: str) -> int:
+        found = self.quarantines.get(node_id)
+        return 0 if found is None else found.units
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
         self.launches.observe_types(event.shapes, event.most_in_all)
@@ -684,6 +711,10 @@ class ClusterState:
         self.capacity.check()
         cordoned = {node.id for node in self.nodes.values() if node.cordoned}
         _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
+        kept = {node.id: node.quarantined_units for node in self.nodes.values() if node.quarantined_units}
+        _require(
+            kept == {each.node_id: each.units for each in self.quarantines.values()}, f"quarantined are {kept}"
+        )
         nodes = {
             node.id: replace(
                 node,
@@ -813,6 +844,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     NodeCordoned: ClusterState._cordoned,
     NodeUncordoned: ClusterState._uncordoned,
     CordonInherited: ClusterState._inherited,
+    GpusQuarantined: ClusterState._gpus_quarantined,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
     LaunchesObserved: ClusterState._launches_observed,

@@ -29,6 +29,7 @@ from rm.core.effects import Effect
 from rm.core.events import (
     Event,
     ForeignUseObserved,
+    GpusQuarantined,
     JobSubmitted,
     LaunchesObserved,
     NodeJoined,
@@ -447,7 +448,14 @@ def _observations(state: ClusterState) -> list[Event]:
         events += [
             NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),
             ForeignUseObserved(
-                0, node.id, node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes
+                0,
+                node.id,
+                node.foreign_units - node.quarantined_units,
+                node.foreign_cpu_milli,
+                node.foreign_memory_bytes,
             ),
         ]
+    events += [
+        GpusQuarantined(each.at, each.node_id, each.units, each.strays) for each in state.quarantines.values()
+    ]
     return events
