@@ -285,7 +285,13 @@ def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
     others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
     full, foreign, free, closed = "#x.-" if ascii_only else "█▒░╌"
     rest = cells - ours - others
-    kept = rest if view.cordon else min(rest, round(view.quarantined_gpus / view.gpus * cells)) if view.gpus else 0
+    kept = (
+        rest
+        if view.cordon
+        else min(rest, round(view.quarantined_gpus / view.gpus * cells))
+        if view.gpus
+        else 0
+    )
     return Text.assemble(
         (full * ours, "blue"),
         (foreign * others, "magenta"),

@@ -86,8 +86,8 @@ class JobView:
 class NodeView:
     """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds.
 
-    `quarantined_gpus` are given to nobody, because `strays` hold memory there: `gpu`, `pid`, `name`, `user` ("" where it
-    can't be told), `memory_bytes`. The audit gives them back when the strays are gone.
+    `quarantined_gpus` are given to nobody, because `strays` hold memory there: `gpu`, `pid`, `name`, `user` (""
+    where it can't be told), `memory_bytes`. The audit gives them back when the strays are gone.
 
     `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
     next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.

@@ -713,7 +713,8 @@ class ClusterState:
         _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
         kept = {node.id: node.quarantined_units for node in self.nodes.values() if node.quarantined_units}
         _require(
-            kept == {each.node_id: each.units for each in self.quarantines.values()}, f"quarantined are {kept}"
+            kept == {each.node_id: each.units for each in self.quarantines.values()},
+            f"quarantined are {kept}",
         )
         nodes = {
             node.id: replace(

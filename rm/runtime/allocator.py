@@ -26,7 +26,14 @@ import ray
 import rm
 from rm import rights
 from rm.core.cycle import why_each
-from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
+from rm.core.events import (
+    CheckpointReported,
+    GpusQuarantined,
+    HoldChanged,
+    NodeCordoned,
+    NodeUncordoned,
+    StopRequested,
+)
 from rm.core.forecast import Twin
 from rm.core.model import TERMINAL, Cordon, Job, Kind, Node, Status, StopCause, attempt_key
 from rm.core.policy import Policy
@@ -56,6 +63,7 @@ from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
+from rm.runtime.wardens import Wardens
 from rm.runtime.writer import Writer
 from rm.settings import Settings
 from rm.settings_change import consequences
@@ -161,11 +169,13 @@ class Allocator:
         self._began = self._clock()
         self._placements = Placements(self._ledger.key)
         runners = Runners(self._ledger.key)
+        self._wardens = Wardens(self._ledger.key)
         self._watch = NodeWatch(
             lambda event: self._writer.post(event),
             lambda group_id: self._placements.ours(group_id) or self._asks.ours(group_id),
             clock=self._clock,
             poll_s=config.node_poll_s,
+            kept=self._wardens.units,
         )
         self._stands = Stands(self._placements, runners, self._watch, config.keep_warm_s)
         self._autoscaler = Autoscaler(
@@ -208,6 +218,7 @@ class Allocator:
             runners,
             self._stands,
             self._gangs,
+            self._wardens,
             view=self._writer.view,
             request=self._writer.request,
             clock=self._clock,
@@ -216,12 +227,16 @@ class Allocator:
         )
         # Observe first: what groups exist decides what is ours, and what is free.
         await self._placements.find()
+        await self._wardens.find()
         self._writer.recover()
         for job in self._writer.state.jobs.values():
             if job.attempt and job.attempt.stand:
                 self._placements.hand_over(job.attempt.stand, attempt_key(job.id, job.attempt.number))
         await self._remove_orphans(runners)
         await self._watch.first(self._writer.recorded)
+        for node_id in self._wardens.nodes():
+            # The first audit tells why.
+            self._writer.post(GpusQuarantined(self._clock(), node_id, self._wardens.units(node_id)))
         with contextlib.suppress(Exception):
             await self._autoscaler.look()
         for job in self._writer.state.jobs.values():
@@ -575,14 +590,20 @@ class Allocator:
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons = self._writer.view(), self._writer.state.cordons
-        warm = self._stands.held()
+        warm, strays = self._stands.held(), self._writer.state.quarantines
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
             for node_id in {each.node_id for each in job.attempt.placed} if job.attempt else ():
                 on.setdefault(node_id, []).append(job.id)
         listed = sorted(nodes, key=lambda node: (-node.gpu_slots, node.name, node.id))
         return [
-            node_view(node, tuple(sorted(on.get(node.id, ()))), cordons.get(node.id), warm.get(node.id, {}))
+            node_view(
+                node,
+                tuple(sorted(on.get(node.id, ()))),
+                cordons.get(node.id),
+                warm.get(node.id, {}),
+                strays[node.id].strays if node.id in strays else (),
+            )
             for node in listed
         ]
 
@@ -628,10 +649,11 @@ class Allocator:
         self._writer.stop()
 
     async def _let_go(self) -> None:
-        """Of the groups that no job has: what is warm, and what asks for nodes."""
+        """What no job has: groups that are warm or ask for nodes, and GPUs in quarantine."""
         self._stands.retire_all()
         await self._stands.all_gone()
         await self._asks.close()
+        await self._wardens.close()
 
     # --- asked by administrators ---------------------------------------------------------------------------
 

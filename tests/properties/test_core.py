@@ -137,7 +137,9 @@ def test_a_quarantine_takes_what_is_free_and_no_more_and_gives_all_of_it_back(ac
     assert before.free == 0, "eight are as many as a node has"
     admitted = len([each for each in fake.history if isinstance(each, JobAdmitted)])
     fake.run()
-    assert len([each for each in fake.history if isinstance(each, JobAdmitted)]) == admitted, "nothing starts there"
+    assert len([each for each in fake.history if isinstance(each, JobAdmitted)]) == admitted, (
+        "nothing starts there"
+    )
     assert not fake.held, "what ran has ended as ever"
     for node_id in sorted(fake.state.nodes):
         fake.quarantine(node_id, 0)
