@@ -47,10 +47,11 @@ class Driver:
         fresh.replace(self._file)
 
 
-@pytest.fixture
-def driver(ray_cluster: SimpleNamespace, client: Any, tmp_path: Path) -> Iterator[Driver]:
+@pytest.fixture(scope="module")
+def driver(ray_cluster: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """A node more, named by its GPU type, with two GPUs and a driver that can be read."""
-    driver = Driver(tmp_path)
+    folder, client = tmp_path_factory.mktemp("driver"), ray_cluster.client
+    driver = Driver(folder)
     node = ray_cluster.cluster.add_node(
         num_cpus=4,
         num_gpus=2,
@@ -58,7 +59,7 @@ def driver(ray_cluster: SimpleNamespace, client: Any, tmp_path: Path) -> Iterato
         include_dashboard=False,
         include_log_monitor=False,
         labels={"ray.io/accelerator-type": "L4"},
-        env_vars={"PYTHONPATH": str(tmp_path)},
+        env_vars={"PYTHONPATH": str(folder)},
     )
     try:
         wait_until(lambda: the_node(client), 20, "it has joined")
@@ -94,7 +95,7 @@ def test_a_gpu_that_a_stray_is_on_is_given_to_nobody_until_it_is_gone(client, dr
         assert one.wait(60).status == "SUCCEEDED"
         assert one.logs(rank=0) == "1\n"
         both = client.submit("echo $CUDA_VISIBLE_DEVICES", num_gpus=2, gpu_type="L4")
-        assert client.why(both.id)["evidence"]["quarantined_gpus"] == 1
+        assert both.why()["evidence"]["quarantined_gpus"] == 1
 
         pid = client.hello()["pid"]
         os.kill(pid, signal.SIGKILL)
