@@ -108,6 +108,7 @@ def killed_and_back(tmp_path: Path) -> None:
                 late.append(threads.submit(client.submit, "echo 4", num_gpus=1, name="late-4"))
                 late_jobs = [each.result(30) for each in late]
                 assert doomed.cancel().status in ("STOPPING", "CANCELLED")
+                wait_until(lambda: not ranks(doomed), 10, "what is cancelled ends before its end is booked")
                 here.start_gcs()
                 back_at = time.monotonic()
                 assert doomed.wait(60).status == "CANCELLED"
