@@ -84,6 +84,8 @@ class Gangs:
         """Groups asked for and not yet seen: name → (group id once it has one, GPU units by node)."""
         self._kept: dict[str, RunExited] = {}
         """Attempts whose stand was kept when they ended, until that is committed."""
+        self._unordered: set[_Key] = set()
+        """Attempts whose group we have got and that we have not run yet: no runner can have an order of theirs."""
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -123,6 +125,7 @@ class Gangs:
         self._tasks.pop(slot, None)
         if slot[0] is Release:
             self._stops.pop(slot[1], None)
+            self._unordered.discard(slot[1])
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s broke", task.get_name(), exc_info=error)
 
@@ -151,6 +154,7 @@ class Gangs:
         if failure is None:
             name = self._placements.name(attempt)
             stand = name if name != attempt else ""
+            self._unordered.add((effect.job_id, effect.attempt))
             self._post(PlacementReady(now, effect.job_id, effect.attempt, stand))
         else:
             self._claims.pop(attempt, None)
@@ -246,7 +250,8 @@ class Gangs:
             self._post(ended)  # asked for again, because its end could not be committed
             self._post(PlacementReleased(ended.at, *key))
             return
-        run = _GangRun(self, effect, stop)
+        run = _GangRun(self, effect, stop, ordered=key not in self._unordered)
+        self._unordered.discard(key)
         event: RunExited | RunLost
         try:
             event = await run.to_the_end()
@@ -257,6 +262,9 @@ class Gangs:
             event = RunExited(self._clock(), *key, failure)
         except RayError as error:
             event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
+        except NeverHeardOf as error:
+            # Nobody's fault, as when the group can't be had: it costs no retry.
+            event = RunExited(self._clock(), *key, Outcome(Status.QUEUED, str(error)))
         except (RunnerGone, NodeGone) as error:
             event = RunLost(self._clock(), *key, str(error), error.node_id)
         except TimeoutError as error:
@@ -291,6 +299,16 @@ class RunnerGone(Exception):
         self.node_id = node_id
 
 
+class NeverHeardOf(Exception):
+    """A runner of an attempt that was starting is not there, and nobody knows whether it ever was."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the allocator was restarted while its runners started, and not all of them are there: "
+            "whether its code has begun can't be told"
+        )
+
+
 class _Stopping:
     """The wish to stop one attempt, and how long its processes may take."""
 
@@ -306,10 +324,12 @@ class _Stopping:
 class _GangRun:
     """One Run effect: its runners from their start to the last process's end."""
 
-    def __init__(self, gangs: Gangs, effect: Run, stop: _Stopping) -> None:
+    def __init__(self, gangs: Gangs, effect: Run, stop: _Stopping, *, ordered: bool) -> None:
         self._gangs = gangs
         self._effect = effect
         self._stop = stop
+        self._ordered = ordered
+        """Whether runners of this very attempt may have their orders already: it was asked for before."""
         self._attempt = attempt_key(effect.job_id, effect.attempt)
         self._handles: list[Any] = []
         self._seated: set[int] = set()
@@ -382,15 +402,22 @@ class _GangRun:
             try:
                 return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
             except RayActorError:
+                if self._ordered:
+                    raise
                 # They died while nobody needed them, so this attempt has lost nothing yet.
                 log.warning("the runners that %s took over are gone; starting others", self._attempt)
                 self.failed_on = None
                 await self._gangs._runners.kill(name, self._effect.gang.count)
         runners, gang = self._gangs._runners, self._effect.gang
-        if row.job.attempt is not None and row.job.attempt.phase is Phase.RUNNING:
-            # Taken over from another allocator. A runner that died meanwhile is not made anew: code would run twice.
+        if self._ordered:
+            # Taken over from another allocator, mostly. A runner that died meanwhile is not made anew, for code would
+            # run twice under one attempt, with one log and one scratch directory; and even at once, where the keeper
+            # of the dead one has not had its turn. Of one that is starting, RunStarted alone would have told whether
+            # its code has begun: so what holds for RUNNING holds for STARTING.
             found = await runners.find(name, gang.count)
             if None in found:
+                if row.job.attempt is None or row.job.attempt.phase is not Phase.RUNNING:
+                    raise NeverHeardOf
                 raise RunnerGone(self._effect.placed[found.index(None)].node_id)
             self._handles = found
         else:
