@@ -29,6 +29,7 @@ class LogReader:
 
     def read(self) -> list[str]:
         """What the last attempt has printed up to now, rank by rank."""
+        self._settle()
         files = self._files()
         last = max((each.attempt for each in files), default=0)
         lines: list[str] = []
@@ -41,8 +42,10 @@ class LogReader:
     def follow(self) -> Iterator[str]:
         """Every line as it comes, of this attempt and of later ones, until the job has ended."""
         while True:
-            # The status first: what was printed before the end is then surely in the store.
+            # The status first: what was printed before the end is then sure to be read.
             ended = self._job.view().ended
+            if ended:
+                self._settle()
             moved = False
             for each in self._files():
                 for line in self._news(each):
@@ -54,6 +57,10 @@ class LogReader:
                 return
             if not moved and not self._job._store("news", NEWS_S):
                 time.sleep(PAUSE_S)
+
+    def _settle(self) -> None:
+        """The GPUs of a job that ended this moment are another's already, and its last lines may be on their way."""
+        self._job._client._allocator("settled", self._job.id)
 
     def _files(self) -> list[Any]:
         files = [

@@ -47,6 +47,8 @@ _READ_MOST = 64 * 2**20
 _LOCKS = 64
 TOUCHED_S = 3600.0
 """Whatever was written, or asked for by a submission, so lately is left alone."""
+LastBatch = tuple[int, str, int, bytes]
+"""Rank, stream, and the bytes of its log from that offset on."""
 BLOB_IDLE_S = 7 * 86_400.0
 """How long a blob that no live job needs is kept for the next one that may."""
 
@@ -208,6 +210,12 @@ class FileStore:
             _append(path, _note(path, words) if position.dropped else b"")
             # After the last line: who reads `closed` has everything.
             self._write_position(path, position)
+
+    def end_logs(self, job_id: str, attempt: int, last: list[LastBatch]) -> None:
+        """The last batches of some of an attempt's logs, and their close: `append_log` and `close_log` for each."""
+        for rank, stream, offset, data in last:
+            self.append_log(job_id, attempt, rank, stream, offset, data)
+            self.close_log(job_id, attempt, rank, stream)
 
     def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

@@ -31,15 +31,21 @@ def assert_nothing_left(client: Any) -> None:
 
     But for stands that are warm yet: they are for the next test, and the end of the session waits for their end.
     """
-    from rm.runtime.workspace import scratch_root
-
     charged = {node.name: node.charged_gpus for node in client.nodes() if node.charged_gpus}
     assert not charged, f"charged: {charged}"
     wait_until(lambda: not cold_groups(client), 5, "no placement groups are left")
     wait_until(lambda: not user_processes(), 5, f"user processes gone, left: {user_processes()}")
-    scratch = [p.name for p in scratch_root().iterdir()] if scratch_root().exists() else []
-    mine = [name for name in scratch if name.startswith(client.hello()["ledger_key"])]
-    assert not mine, f"scratch directories: {mine}"
+    wait_until(
+        lambda: not scratch(client.ledger_key), 5, f"scratch directories: {scratch(client.ledger_key)}"
+    )
+
+
+def scratch(ledger_key: str) -> list[str]:
+    """The scratch directories of a ledger's attempts on this machine. They go a moment after their attempt has ended."""
+    from rm.runtime.workspace import scratch_root
+
+    names = [path.name for path in scratch_root().iterdir()] if scratch_root().exists() else []
+    return [name for name in names if name.startswith(ledger_key)]
 
 
 def warm_groups(client: Any) -> set[str]:

@@ -26,7 +26,8 @@ class Reserve:
 class Run:
     """Start runners and user code. Ends in RunExited or RunLost, with RunStarted on the way.
 
-    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop.
+    For a lease nothing is started: RunStarted follows at once, and RunExited after Stop. `begun`: another allocator has
+    started it already, so that runners which are not there have died.
     """
 
     job_id: str
@@ -35,6 +36,8 @@ class Run:
     gang: Gang
     placed: tuple[PlacedBundle, ...]
     grace_s: float
+    array_index: int | None = None
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)

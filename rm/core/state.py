@@ -323,7 +323,7 @@ class ClusterState:
             return self._end_attempt(job, attempt, Outcome(Status.CANCELLED))
         self._put(replace(job, attempt=replace(attempt, phase=Phase.STARTING, stand=event.stand)))
         gang = job.gang.sized(len(attempt.placed))
-        return [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
+        return [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s, job.array_index)]
 
     def _reserve_failed(self, event: ReserveFailed) -> list[Effect]:
         live = self._live(event, Phase.RESERVING)
@@ -768,7 +768,11 @@ def _resume(job: Job, attempt: Attempt) -> list[Effect]:
         case Phase.RESERVING:
             effects = [Reserve(job.id, attempt.number, gang, attempt.placed)]
         case Phase.STARTING | Phase.RUNNING:
-            effects = [Run(job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s)]
+            begun = attempt.phase is Phase.RUNNING
+            run = Run(
+                job.id, attempt.number, job.kind, gang, attempt.placed, job.grace_s, job.array_index, begun
+            )
+            effects = [run]
         case Phase.RELEASING:
             return [Release(job.id, attempt.number, gang, attempt.placed)]
     if attempt.stop is not None:

@@ -61,6 +61,7 @@ from rm.runtime.nodes import NodeWatch
 from rm.runtime.old_world import OldWorld
 from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
+from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
 from rm.runtime.wardens import Wardens
@@ -105,9 +106,8 @@ VIEWS_A_SLICE = 250
 """Views that are made without letting others have their turn."""
 MOST_FORECASTS = 8
 """Estimates that are under way or wait for their turn; who asks beyond that is told so."""
-SPECS_KEPT = 2_000
-SPEC_KEPT_BYTES = 16 * 1024
-"""Larger requests are read from the ledger each time."""
+PROGRESS_KEPT = 2_000
+"""Jobs whose latest report is at hand."""
 SAME_CHECKPOINT_S = 0.05
 FIRST_TURN_S = 5.0
 """How long the first answer waits for the writer's first commit."""
@@ -129,7 +129,6 @@ class Allocator:
         self._ready = asyncio.Event()
         self._broken: Exception | None = None
         self._closing = False
-        self._specs: OrderedDict[str, JobSpec] = OrderedDict()
         self._last_progress: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._holders = Holders()
         self._store = Link("store")
@@ -165,6 +164,7 @@ class Allocator:
         # Ray starts a crashed actor again under the same id; a new allocator has another.
         life = f"{ray.get_runtime_context().get_actor_id()} {boot_id()}"
         anchor = Anchor(config.home / "clock.json", life)
+        self._requests = Requests(self._ledger)
         self._clock = Clock(await asyncio.to_thread(self._ledger.newest), anchor)
         self._began = self._clock()
         self._placements = Placements(self._ledger.key)
@@ -192,6 +192,7 @@ class Allocator:
         )
         self._gangs = Gangs(
             self._ledger,
+            self._requests,
             config,
             self._placements,
             runners,
@@ -207,6 +208,8 @@ class Allocator:
             execute=OldWorld(
                 self._ledger.key, self._gangs.execute, self._watch, lambda: self._writer.recorded
             ).execute,
+            foresee=self._gangs.foresee,
+            reconsider=self._gangs.reconsider,
             want=self._asks.want,
             max_pending=config.max_pending,
             max_pending_per_owner=config.max_pending_per_owner,
@@ -349,9 +352,7 @@ class Allocator:
             # One large batch at a time, and of one owner only one in the queue: nobody waits for more than one of each.
             async with self._one_at_a_time(f"bulk of {specs[0].owner}"), self._bulk:
                 ids = await self._submit(specs, keys, texts)
-        for spec, job_id, text in zip(specs, ids, texts, strict=True):
-            if len(text) <= SPEC_KEPT_BYTES:
-                self._remember(job_id, spec)
+        for spec, job_id in zip(specs, ids, strict=True):
             if spec.ttl_s is not None:
                 self._holders.add(job_id, spec.ttl_s)
         return ids
@@ -368,7 +369,9 @@ class Allocator:
             drafting = Drafting(self._writer.state.policy, self._writer.state.node_shapes(), self._clock())
             drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
             new_texts = [text for _, _, text in new]
-            accepted = iter(await self._writer.submit(drafts, new_texts) if drafts else [])
+            accepted = iter(
+                await self._writer.submit(drafts, new_texts, self._requests.keep) if drafts else []
+            )
         return [
             _submission_id(spec, known[key]) if key in known else next(accepted)
             for spec, key in zip(specs, keys, strict=True)
@@ -454,6 +457,11 @@ class Allocator:
             if job.status.terminal or (seen_status not in (None, str(job.status))) or left <= 0:
                 return await self._view(job)
             await self._writer.changed(job_id, left)
+
+    async def settled(self, job_id: str) -> None:
+        """Returns when the logs of a job that has ended are whole, or can't become so any more."""
+        await self._up()
+        await self._gangs.settled(job_id)
 
     async def cancel(self, job_id: str, by: str, *, released: bool = False) -> JobView:
         """Ask the job, or all jobs of the array, to end. Durable when this returns; what has ended is left as it is.
@@ -787,7 +795,7 @@ class Allocator:
                 self._writer.post(CheckpointReported(at, job_id, attempt))
         self._last_progress[job_id] = report
         self._last_progress.move_to_end(job_id)
-        while len(self._last_progress) > SPECS_KEPT:
+        while len(self._last_progress) > PROGRESS_KEPT:
             self._last_progress.popitem(last=False)
 
     # --- shared --------------------------------------------------------------------------------------------
@@ -880,7 +888,7 @@ class Allocator:
     async def _views(self, jobs: Sequence[Job], specs: Sequence[JobSpec] | None = None) -> list[JobView]:
         """What readers get. The reasons of the first come from one walk over the queue."""
         if specs is None:
-            specs = await self._specs_of([job.id for job in jobs])
+            specs = await self._requests.of([job.id for job in jobs])
         names = {node.id: node.name for node in self._writer.view().nodes.values()}
         reasons, now = self._reasons(jobs[:FRESH_REASONS]), self._clock()
         views = []
@@ -910,19 +918,6 @@ class Allocator:
         known = [live[job.id] for job in jobs if job.status is Status.QUEUED and job.id in live]
         queued = [job for job in known if job.status is Status.QUEUED]
         return why_each(self._writer.state, queued, self._clock()) if queued else {}
-
-    async def _specs_of(self, job_ids: Sequence[str]) -> list[JobSpec]:
-        """What was asked for: from memory where it is there, all others in one reading of the ledger."""
-        found = {job_id: self._specs[job_id] for job_id in job_ids if job_id in self._specs}
-        missing = [job_id for job_id in job_ids if job_id not in found]
-        if missing:
-            found |= await asyncio.to_thread(self._ledger.specs, missing)
-        return [found[job_id] for job_id in job_ids]
-
-    def _remember(self, job_id: str, spec: JobSpec) -> None:
-        self._specs[job_id] = spec
-        while len(self._specs) > SPECS_KEPT:
-            self._specs.popitem(last=False)
 
 
 def _departed(cordon: Cordon) -> Node:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rm.store import FileStore, LogChunk, LogFile, Tidied
+from rm.store import FileStore, LastBatch, LogChunk, LogFile, Tidied
 
 MOST_FOLLOWERS = 500
 """Calls of `news` that are held at a time, half of what the actor takes: logs must get through beside them."""
@@ -55,8 +55,8 @@ class Store:
         self._tell(job_id)
         return written
 
-    async def close_log(self, job_id: str, attempt: int, rank: int, stream: str) -> None:
-        await asyncio.to_thread(self._files.close_log, job_id, attempt, rank, stream)
+    async def end_logs(self, job_id: str, attempt: int, last: list[LastBatch]) -> None:
+        await asyncio.to_thread(self._files.end_logs, job_id, attempt, last)
         self._tell(job_id)
 
     async def read_log(

@@ -16,6 +16,7 @@ from rm.core.model import Kind
 from rm.errors import RmError
 from rm.runtime.entry import result_path
 from rm.runtime.links import Link
+from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult
 from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
@@ -34,8 +35,11 @@ _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 class BundleRun:
     """Made by whoever speaks of it first: a stop may come before the order."""
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
         self._task: asyncio.Task[RunResult] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._shipper: LogShipper | None = None
         self._started: asyncio.Event = asyncio.Event()
         self._launched: Launched | None = None
         self._workspace: Workspace | None = None
@@ -49,6 +53,17 @@ class BundleRun:
     @property
     def ended(self) -> bool:
         return self._task is not None and self._task.done()
+
+    @property
+    def is_settled(self) -> bool:
+        return self._settling is not None and self._settling.done()
+
+    async def settled(self) -> None:
+        """Returns when the run has ended, its logs are in the store, and its files are gone."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        if self._settling is not None:
+            await asyncio.wait([self._settling])
 
     async def result(self, order: RunOrder) -> RunResult:
         """Run the ranks to their end; a second call waits for the same run."""
@@ -80,7 +95,15 @@ class BundleRun:
             return RunResult(ok=False, rank=order.first_rank, message=f"can't prepare {where}: {error}")
         finally:
             self._started.set()
-            workspace.remove()
+            # Nobody who waits for the GPUs needs to wait for this.
+            self._settling = asyncio.create_task(self._settle(workspace))
+
+    async def _settle(self, workspace: Workspace) -> None:
+        try:
+            if self._shipper is not None:
+                await self._shipper.finish()
+        finally:
+            await asyncio.to_thread(workspace.remove)
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
         store = Link("store")
@@ -95,8 +118,9 @@ class BundleRun:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
         shipper = LogShipper(store, order, processes)
         self._launched = await Launched.start(
-            f"{order.job_id}.{order.attempt}", processes, order.grace_s, str(workspace.path)
+            f"{order.job_id}.{order.attempt}", processes, order.grace_s, self._nursery, str(workspace.path)
         )
+        self._shipper = shipper
         self._started.set()
         if self._stop_asked:
             await self._launched.stop(order.grace_s)
@@ -110,7 +134,6 @@ class BundleRun:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         self._read_reports(order)
-        await shipper.finish()
         result = self._result(workspace, order, outcome, stopped)
         if order.kind is Kind.FUNCTION:
             try:

@@ -17,10 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError, RayError, RuntimeEnvSetupError
+from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup
 
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
@@ -33,21 +35,24 @@ from rm.core.events import (
     RunLost,
     RunStarted,
 )
-from rm.core.model import Kind, Outcome, Phase, Status, attempt_key, units_by_node
+from rm.core.model import Job, Kind, Outcome, Status, attempt_key, units_by_node
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
-from rm.ledger.rows import JobRow
 from rm.runtime.nodes import NodeGone, NodeWatch, Seen
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.placements import Placements
+from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
-from rm.runtime.stands import Stands
+from rm.runtime.stands import Stands, settled
 from rm.spec import Config, JobSpec
 
 log = logging.getLogger("rm.gangs")
 
 STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
+
+UNSETTLED_KEPT = 2_000
+"""Jobs that ended last of which it is remembered who has their logs: those before have long sent them."""
 
 _Key = tuple[str, int]
 Answer = TypeVar("Answer")
@@ -60,6 +65,7 @@ class Gangs:
     def __init__(
         self,
         ledger: Ledger,
+        requests: Requests,
         config: Config,
         placements: Placements,
         runners: Runners,
@@ -71,6 +77,7 @@ class Gangs:
     ) -> None:
         self._progress = progress
         self._ledger = ledger
+        self._requests = requests
         self._config = config
         self._placements = placements
         self._runners = runners
@@ -86,6 +93,33 @@ class Gangs:
         """Attempts whose stand was kept when they ended, until that is committed."""
         self._unordered: set[_Key] = set()
         """Attempts whose group we have got and that we have not run yet: no runner can have an order of theirs."""
+        self._foreseen: set[_Key] = set()
+        """Attempts that have taken over a stand, until that is committed."""
+        self._unsettled: OrderedDict[str, tuple[str, list[Any], list[str]]] = OrderedDict()
+        """By job, of its last attempt's end: the attempt, the runners, and the keys of what ran there."""
+
+    def foresee(self, effect: Effect) -> Event | None:
+        """PlacementReady for a Reserve for which all stands ready here. Nothing outside is touched."""
+        if not isinstance(effect, Reserve):
+            return None
+        key, attempt = (effect.job_id, effect.attempt), attempt_key(effect.job_id, effect.attempt)
+        stop, spec = self._stops.get(key), self._requests.at_hand(effect.job_id)
+        if spec is None or (stop is not None and stop.asked.is_set()):
+            return None
+        seen = self._watch.seen
+        if any(seen.gone(each.node_id) for each in effect.placed) or not self._take(effect, attempt, spec):
+            return None
+        self._foreseen.add(key)
+        self._unordered.add(key)
+        return PlacementReady(self._clock(), *key, self._placements.name(attempt))
+
+    def reconsider(self, jobs: Mapping[str, Job]) -> None:
+        """What was foreseen may never have been committed; these are the jobs that are."""
+        for key in self._foreseen:
+            job = jobs.get(key[0])
+            if job is None or job.attempt is None or job.attempt.number != key[1]:
+                self._stands.give_back(attempt_key(*key))
+        self._foreseen.clear()
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -94,6 +128,7 @@ class Gangs:
                 case Reserve():
                     self._spawn(Reserve, key, self._reserve(effect))
                 case Run():
+                    self._foreseen.discard(key)
                     self._spawn(Run, key, self._run(effect))
                 case Release():
                     self._spawn(Release, key, self._release(effect))
@@ -190,11 +225,14 @@ class Gangs:
         """Take over what another attempt has left in these places, if it has."""
         if not self._stands.may_take(effect.gang, effect.placed):
             return False
-        row = await asyncio.to_thread(self._ledger.job, effect.job_id)
+        (spec,) = await self._requests.of([effect.job_id])
+        return self._take(effect, attempt, spec)
+
+    def _take(self, effect: Reserve, attempt: str, spec: JobSpec) -> bool:
         # A lease's holder brings his own actors: ours would take their place.
-        if row is None or row.job.kind is Kind.LEASE:
+        if spec.kind is Kind.LEASE or self._placements.group_id(attempt) is not None:
             return False
-        return self._stands.take(attempt, effect.gang, effect.placed, row.spec.runtime_env)
+        return self._stands.take(attempt, effect.gang, effect.placed, spec.runtime_env)
 
     def _shows_free(self, node_id: str, units: int) -> bool:
         node = self._watch.seen.nodes.get(node_id)
@@ -286,9 +324,30 @@ class Gangs:
         # A lease whose node died still waits for its stop.
         self._stopping((effect.job_id, effect.attempt)).ask(0)
         if self._kept.pop(attempt, None) is None:
+            if self._unsettled.get(effect.job_id, ("",))[0] == attempt:
+                await self.settled(effect.job_id)
             node_ids = {each.node_id for each in effect.placed}
             await self._stands.take_down(attempt, node_ids, effect.gang.count)
         self._post(PlacementReleased(self._clock(), effect.job_id, effect.attempt))
+
+    # --- what is left when a run has ended ------------------------------------------------------------------
+
+    def has_ended(self, job_id: str, attempt: str, runners: list[Any], keys: list[str]) -> None:
+        """The runners have told how it ended, and may be sending the ends of its logs yet."""
+        self._unsettled[job_id] = attempt, runners, keys
+        self._unsettled.move_to_end(job_id)
+        while len(self._unsettled) > UNSETTLED_KEPT:
+            self._unsettled.popitem(last=False)
+
+    async def settled(self, job_id: str) -> None:
+        """Returns when the logs of the job's last attempt that has ended are whole, or can't become so any more."""
+        ended = self._unsettled.get(job_id)
+        if ended is None:
+            return
+        _, runners, keys = ended
+        await settled(runner.settled.remote(key) for runner, key in zip(runners, keys, strict=True))
+        if self._unsettled.get(job_id) is ended:
+            del self._unsettled[job_id]
 
 
 class RunnerGone(Exception):
@@ -336,6 +395,7 @@ class _GangRun:
         self._clean = False
         """Whether it has ended and left nothing behind on any node."""
         self._runtime_env: dict[str, Any] = {}
+        self._free_seats: list[Seat] = []
         self.failed_on: str | None = None
         """The node of the first runner that was lost."""
 
@@ -365,63 +425,63 @@ class _GangRun:
     async def to_the_end(self) -> RunExited | RunLost:
         gangs, effect = self._gangs, self._effect
         clock = gangs._clock
-        row = await asyncio.to_thread(gangs._ledger.job, effect.job_id)
-        if row is None:
+        try:
+            (spec,) = await gangs._requests.of([effect.job_id])
+        except KeyError:
             return RunLost(clock(), effect.job_id, effect.attempt, "the ledger has lost the job")
-        spec = row.spec
         self._runtime_env = spec.runtime_env
         group = gangs._placements.handle(self._attempt)
         if group is None:
             return RunLost(clock(), effect.job_id, effect.attempt, "its placement group is gone")
-        seats = await self._seats(group, row)
+        seats = await self._seats(group)
         if seats is None:
             stopped = Outcome(Status.CANCELLED, "stopped while its runners started")
             return RunExited(clock(), effect.job_id, effect.attempt, stopped)
         if problem := _python_problem(spec, seats):
             failure = Outcome(Status.FAILED, problem)
             return RunExited(clock(), effect.job_id, effect.attempt, failure)
-        orders = self._orders(spec, seats, row.job.array_index)
+        orders = self._orders(spec, seats)
         results = await self._follow(orders, seats)
         if results[0].progress:
             gangs._progress(effect.job_id, effect.attempt, results[0].progress)
         outcome = _outcome(results, seats, orders)
         self._clean = all(each.clean for each in results)
+        self._free_seats = [replace(seat, port=each.port) for seat, each in zip(seats, results, strict=True)]
+        gangs.has_ended(effect.job_id, self._attempt, self._handles, [each.key for each in orders])
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
     def keep_stand(self) -> bool:
         """The run has ended: keep its group and runners for the next, if nothing of it is left there."""
         return self._clean and self._gangs._stands.keep(
-            self._attempt, self._effect.gang, self._effect.placed, self._runtime_env, self._handles
+            self._attempt,
+            self._effect.gang,
+            self._effect.placed,
+            self._runtime_env,
+            self._handles,
+            self._free_seats,
         )
 
-    async def _seats(self, group: PlacementGroup, row: JobRow) -> list[Seat] | None:
+    async def _seats(self, group: PlacementGroup) -> list[Seat] | None:
         """The runners' seats, or None when a stop comes first. They are taken over, found, or started."""
+        stand = self._gangs._stands.taken(self._attempt)
+        if stand is not None:
+            self._handles = stand.runners
+            return None if self._stop.asked.is_set() else stand.seats
         name = self._gangs._placements.name(self._attempt)
-        self._handles = self._gangs._stands.runners(self._attempt)
-        if self._handles:
-            try:
-                return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
-            except RayActorError:
-                if self._ordered:
-                    raise
-                # They died while nobody needed them, so this attempt has lost nothing yet.
-                log.warning("the runners that %s took over are gone; starting others", self._attempt)
-                self.failed_on = None
-                await self._gangs._runners.kill(name, self._effect.gang.count)
         runners, gang = self._gangs._runners, self._effect.gang
-        if self._ordered:
+        if self._ordered or self._effect.begun:
             # Taken over from another allocator, mostly. A runner that died meanwhile is not made anew, for code would
             # run twice under one attempt, with one log and one scratch directory; and even at once, where the keeper
             # of the dead one has not had its turn. Of one that is starting, RunStarted alone would have told whether
             # its code has begun: so what holds for RUNNING holds for STARTING.
             found = await runners.find(name, gang.count)
             if None in found:
-                if row.job.attempt is None or row.job.attempt.phase is not Phase.RUNNING:
+                if not self._effect.begun:
                     raise NeverHeardOf
                 raise RunnerGone(self._effect.placed[found.index(None)].node_id)
             self._handles = found
         else:
-            self._handles = await runners.start(name, gang, group, row.spec.runtime_env)
+            self._handles = await runners.start(name, gang, group, self._runtime_env)
         return await self._unless_stopped(asyncio.ensure_future(self._all_seats()))
 
     async def _unless_stopped(self, work: asyncio.Future[list[Seat]]) -> list[Seat] | None:
@@ -494,7 +554,7 @@ class _GangRun:
             name = self._gangs._placements.name(self._attempt)
             await self._gangs._runners.kill(name, self._effect.gang.count)
 
-    def _orders(self, spec: JobSpec, seats: list[Seat], array_index: int | None) -> list[RunOrder]:
+    def _orders(self, spec: JobSpec, seats: list[Seat]) -> list[RunOrder]:
         effect, gangs = self._effect, self._gangs
         local = spec.processes_per_bundle(effect.gang.bundle.gpu_units)
         alone = len(seats) == 1
@@ -521,7 +581,7 @@ class _GangRun:
                 cpus=effect.gang.bundle.cpu_milli / 1000,
                 checkpoint_dir=f"{gangs._config.checkpoint_root}/{gangs._ledger.key}/{effect.job_id}",
                 grace_s=effect.grace_s,
-                array_index=array_index,
+                array_index=effect.array_index,
                 array_size=spec.array,
             )
             for bundle in range(len(seats))

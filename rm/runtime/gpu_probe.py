@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pwd
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ from rm.runtime.processes import ATTEMPT_KEY
 MOST_ANCESTORS = 64
 
 
+@cache
+def can_look() -> bool:
+    """Whether `pynvml` is installed. Asked between any two jobs, and the answer takes a search of the disk."""
+    return find_spec("pynvml") is not None
+
+
 def read_gpus() -> list[GpuProcess] | str:
     """The processes on this node's GPUs; in words where they can't be read, and why."""
-    try:
-        import pynvml
-    except ImportError:
+    if not can_look():
         return "no NVML (pip install nvidia-ml-py)"
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

@@ -1,10 +1,15 @@
 """The keeper: starts the ranks of one attempt on one node, signals them, and leaves nothing of them behind.
 
 Run by path as `python -I -S keeper.py ATTEMPT` by `rm.runtime.processes.Launched`. Standard library only,
-one file and few imports, because its start-up is part of every job's start-up. Each attempt has two
+one file and few imports, because its start-up can be part of a job's start-up. Each attempt has two
 processes of it:
 
     runner ── guard ── keeper ── rank 0, rank 1, … ── whatever user code forks
+
+A Python takes longer to start than most else between two jobs. So a runner starts one *nursery*, `python -I -S
+keeper.py --nursery`, which forks a guard for each attempt (`rm.runtime.nursery` is the runner's side). It is the
+runner's child in the guards' place, and nothing depends on its life: guards and keepers are told of the runner's
+own death, and go on without a nursery.
 
 The *keeper* does the work. The *guard* only waits for it: if the keeper is killed, the guard inherits every
 descendant and kills it. The keeper is not the runner's direct child, because Ray kills an actor's direct
@@ -19,7 +24,7 @@ to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment
 
 JSON lines in: first {"attempt", "grace_s", "scratch", "procs": [{"rank", "argv", "env", "cwd", "stdout", "stderr"}]},
 then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
-JSON lines out: ready, started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
+JSON lines out: ready (or unborn), started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
 words them.
 """
@@ -31,6 +36,7 @@ import json
 import os
 import select
 import signal
+import sys
 import time
 
 TYPE_CHECKING = False  # importing typing would cost milliseconds
@@ -62,6 +68,15 @@ _prctl = _load_prctl()
 def set_process_option(option: int, value: int) -> bool:
     """prctl(option, value). False where the system refuses it: the caller does without."""
     return _prctl is not None and _prctl(option, value, 0, 0, 0) == 0
+
+
+def call_oneself(name: bytes) -> None:
+    """Be shown under this name, of 15 bytes at most, by ps and top."""
+    try:
+        with open("/proc/self/comm", "wb", buffering=0) as file:  # noqa: PTH123 - pathlib is a slow import
+            file.write(name[:15])
+    except OSError:
+        pass  # a convenience
 
 
 class Process:
@@ -148,7 +163,9 @@ def signal_process(found: Process, number: int) -> bool:
     return signal_exactly(found.pid, number, lambda: lives_on(found))
 
 
-def kill_descendants(reap: Callable[[], bool], leaders: Iterable[int] = ()) -> tuple[int, list[int]]:
+def kill_descendants(
+    reap: Callable[[], bool], leaders: Iterable[int] = (), *, subreaper: bool
+) -> tuple[int, list[int]]:
     """SIGKILL and reap until this process has no child left. The last act of keeper and guard.
 
     `reap()` reaps what has ended and says whether children remain; to a subreaper, no child means no
@@ -157,6 +174,8 @@ def kill_descendants(reap: Callable[[], bool], leaders: Iterable[int] = ()) -> t
     """
     ranks, killed = set(leaders), set()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # from here on it is waited for, not handled
+    if subreaper and not reap():
+        return 0, []  # as mostly: and /proc, which is long on a busy node, need not be read
     give_up, pause_s = time.monotonic() + REAP_LIMIT_S, 0.01
     while True:
         living = [process for process in descendants(os.getpid()) if process.alive]
@@ -291,7 +310,7 @@ class Keeper:
                     self.kill()
         self.kill_at = self.kill_at or 0.0  # whatever ends from now on did not fail by itself
         ranks = self.ranks or []
-        killed, stuck = kill_descendants(self.reap, [rank.pid for rank in ranks])
+        killed, stuck = kill_descendants(self.reap, [rank.pid for rank in ranks], subreaper=subreaper)
         for rank in ranks:
             if rank.running:
                 rank.error = {"step": "kill", "errno": 0}
@@ -439,7 +458,7 @@ def guard(keeper: int) -> None:
     os.close(0)
     for number in END_SIGNALS:
         signal.signal(number, lambda *_: os.kill(keeper, signal.SIGTERM))
-    set_process_option(PR_SET_CHILD_SUBREAPER, 1)
+    subreaper = set_process_option(PR_SET_CHILD_SUBREAPER, 1)
     pid, status = os.wait()
     while pid != keeper:
         pid, status = os.wait()
@@ -456,7 +475,7 @@ def guard(keeper: int) -> None:
             return False
         return True
 
-    killed, stuck = kill_descendants(reap)
+    killed, stuck = kill_descendants(reap, subreaper=subreaper)
     event = {
         "event": "lost",
         "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
@@ -470,18 +489,11 @@ def guard(keeper: int) -> None:
         pass  # the runner is gone as well
 
 
-def main() -> None:
-    """Become guard and keeper."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # it was inherited closed: no later file may land on 0, 1 or 2
-    os.close(spare)
+def attend(runner: int) -> NoReturn:
+    """Become guard and keeper of one attempt, input and output being 0 and 1. `runner`: a pidfd of it, or -1."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, children would vanish unreaped
     os.setsid()  # out of the runner's session: what is sent to its terminal or its group is not for us
-    try:
-        runner = os.pidfd_open(os.getppid())  # tells of its death even if a fork of it holds our input open
-    except (OSError, AttributeError):
-        runner = -1
     keeper = os.fork()
     if keeper:
         guard(keeper)
@@ -489,6 +501,53 @@ def main() -> None:
         os.setsid()
         Keeper(runner).run()
     os._exit(0)  # nothing is buffered; tearing the interpreter down would only delay the next job
+
+
+def nursery(runner: int) -> NoReturn:
+    """Fork a guard for each attempt that the runner names on the socket 0. With the name come its input and output.
+
+    Ends with the runner, whose end of the socket nobody else has. A guard that can't be forked is told of in that
+    output, as `unborn`.
+    """
+    import socket
+
+    requests = socket.socket(fileno=os.dup(0))
+    os.dup2(1, 0)  # /dev/null, as the runner has made 1
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guards that end are nobody's business
+    os.setsid()
+    while True:
+        attempt, ends, _, _ = socket.recv_fds(requests, 256, 2)
+        if len(ends) != 2:
+            os._exit(0)
+        try:
+            forked = os.fork()
+        except OSError as error:
+            os.write(ends[1], json.dumps({"event": "unborn", "errno": error.errno}).encode() + b"\n")
+        else:
+            if not forked:
+                requests.close()
+                os.dup2(ends[0], 0)
+                os.dup2(ends[1], 1)
+                os.close(ends[0])
+                os.close(ends[1])
+                call_oneself(attempt)
+                attend(runner)
+        os.close(ends[0])
+        os.close(ends[1])
+
+
+def main() -> None:
+    """Become guard and keeper, or the nursery of both."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it was inherited closed: no later file may land on 0, 1 or 2
+    os.close(spare)
+    try:
+        runner = os.pidfd_open(os.getppid())  # tells of its death even if a fork of it holds our input open
+    except (OSError, AttributeError):
+        runner = -1
+    if sys.argv[1:] == ["--nursery"]:
+        nursery(runner)
+    attend(runner)
 
 
 if __name__ == "__main__":

@@ -84,5 +84,7 @@ class RunResult:
     """The processes were told to stop and had not failed before."""
     clean: bool = False
     """Nothing of it is left on the node: another attempt may follow in the same place."""
+    port: int = 0
+    """Where it is clean: free there now, for the next attempt's rendezvous."""
     progress: dict[str, Any] | None = None
     failed_at: float = field(default=0.0)

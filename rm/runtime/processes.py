@@ -8,12 +8,10 @@ attempt ended. `rm.runtime.keeper` explains how.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rm.runtime import keeper
+from rm.runtime.nursery import Nursery, Talk
 
 ATTEMPT_KEY = "RM_ATTEMPT_KEY"
 """The environment variable that marks every process of an attempt; `sweep` finds them by it."""
 
-KEEPER = Path(keeper.__file__)
 SWEEP_LIMIT_S = 10.0
-LINE_LIMIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +95,21 @@ class Launched:
     If the runner dies, or just drops its end of the pipe, everything that was started is killed at once.
     """
 
-    def __init__(
-        self, attempt: str, procs: Sequence[RankProcess], process: asyncio.subprocess.Process
-    ) -> None:
+    def __init__(self, attempt: str, procs: Sequence[RankProcess], talk: Talk) -> None:
         self.attempt = attempt
         self._procs = tuple(procs)
-        self._process = process
+        self._talk = talk
         self._pids: dict[int, int] = {}
         self._exits: dict[int, RankExit] = {}
         self._ready: dict[str, Any] = {}
+        self._unborn = 0
+        """The errno with which no keeper could be made."""
         self._all_reported = asyncio.Event()
         self._following = asyncio.create_task(self._follow(), name=f"follow keeper of {attempt}")
 
     @classmethod
     async def start(
-        cls, attempt: str, procs: Sequence[RankProcess], grace_s: float, scratch: str = ""
+        cls, attempt: str, procs: Sequence[RankProcess], grace_s: float, nursery: Nursery, scratch: str = ""
     ) -> Launched:
         """Start all ranks and return once each has begun to run user code or has failed to.
 
@@ -121,17 +118,7 @@ class Launched:
         `scratch`: a directory that the keeper removes when the caller's process dies before the end.
         """
         _check(procs)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            "-S",
-            str(KEEPER),
-            attempt,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LINE_LIMIT_BYTES,
-        )
-        launched = cls(attempt, procs, process)
+        launched = cls(attempt, procs, await nursery.keeper(attempt))
         ranks = [asdict(each) for each in procs]
         launched._send({"attempt": attempt, "grace_s": grace_s, "scratch": scratch, "procs": ranks})
         try:
@@ -139,6 +126,8 @@ class Launched:
         except asyncio.CancelledError:
             launched.kill()
             raise
+        if launched._unborn:
+            raise OSError(launched._unborn, os.strerror(launched._unborn))
         return launched
 
     @property
@@ -161,34 +150,24 @@ class Launched:
         Again: nothing new, but a shorter grace counts. After the end: nothing.
         """
         self._send({"do": "stop", "grace_s": grace_s})
-        with contextlib.suppress(OSError):
-            if not self._following.done():
-                await self._input.drain()
 
     def kill(self) -> None:
         """SIGKILL to every process of the attempt, at once. Does not wait; after the end: nothing."""
         self._send({"do": "kill"})
 
-    @property
-    def _input(self) -> asyncio.StreamWriter:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
     def _send(self, message: dict[str, Any]) -> None:
-        if not self._following.done() and not self._input.is_closing():
-            self._input.write(json.dumps(message).encode() + b"\n")
+        if not self._following.done():
+            self._talk.tell(json.dumps(message).encode() + b"\n")
 
     async def _follow(self) -> LaunchOutcome:
         """Turn the keeper's lines into the outcome. Runs as a task of its own for as long as the attempt."""
-        assert self._process.stdout is not None
         last: dict[str, Any] = {}
         try:
-            async for line in self._process.stdout:
+            async for line in self._talk.lines():
                 last = self._take(json.loads(line))
         finally:
-            self._input.close()  # also when this event loop ends early: the keeper then kills all
+            self._talk.hush()  # also when this event loop ends early: the keeper then kills all
             self._all_reported.set()
-        await self._process.wait()
         swept = 0
         if last.get("event") != "done" or not self._ready.get("subreaper"):
             keys = {each.env[ATTEMPT_KEY] for each in self._procs}
@@ -203,6 +182,8 @@ class Launched:
     def _take(self, event: dict[str, Any]) -> dict[str, Any]:
         """Note what one line of the keeper says."""
         match event["event"]:
+            case "unborn":
+                self._unborn = event["errno"]
             case "ready":
                 self._ready = event
             case "started":

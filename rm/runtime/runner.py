@@ -19,6 +19,7 @@ import ray
 
 from rm.runtime import gpu_probe
 from rm.runtime.bundle_run import BundleRun
+from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 
 log = logging.getLogger("rm.runner")
@@ -36,7 +37,10 @@ class Runner:
 
     def __init__(self) -> None:
         self._runs: dict[str, BundleRun] = {}
-        """The run under way, or the last one, and those that are only spoken of yet."""
+        """The run under way, or the last one, those not settled, and those that are only spoken of yet."""
+        self._listener = asyncio.Event()
+        self._nursery = Nursery()
+        self._nursery.start()
         self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
     async def seat(self) -> Seat:
@@ -52,31 +56,54 @@ class Runner:
     async def run(self, order: RunOrder) -> RunResult:
         """Run the bundle's ranks to their end. Idempotent: a second call waits for the same run.
 
-        Raises RuntimeError while another attempt runs here.
+        When this returns, nothing of the attempt runs here, its result is stored, and the end of its log may be on its
+        way yet: see `settled`. Raises RuntimeError while another attempt runs here.
         """
         run = self._run(order.key)
         if not run.begun:
             for key, other in list(self._runs.items()):
                 if other.begun and not other.ended:
                     raise RuntimeError(f"{order.key} was to run where {key} runs yet")
-                if other is not run:
+                if other is not run and other.is_settled:
                     del self._runs[key]
         result = await run.result(order)
-        return result if not result.clean else replace(result, clean=await self._are_empty(order))
+        if not result.clean:
+            return result
+        return replace(result, clean=await self._are_empty(order), port=_free_port())
 
     async def started(self, key: str) -> list[int]:
         """The pids of the ranks, once they run (or the run has ended)."""
         return await self._run(key).started()
+
+    async def settled(self, key: str) -> None:
+        """Returns when the run's logs are in the store, and its files gone from here. At once where it is not known."""
+        if (run := self._runs.get(key)) is not None:
+            await run.settled()
+
+    async def all_settled(self) -> None:
+        """The same for all runs that have ended here."""
+        await asyncio.gather(*(run.settled() for run in self._runs.values() if run.ended))
+
+    async def life(self) -> None:
+        """Returns when it is called again: else, whoever waits for it learns at once that this runner has died.
+
+        So that of allocators that come and go one has a call here.
+        """
+        self._listener.set()
+        mine = self._listener = asyncio.Event()
+        await mine.wait()
 
     async def stop(self, key: str, grace_s: float) -> None:
         """SIGTERM to every rank's process group, SIGKILL after `grace_s`. `run` then returns."""
         await self._run(key).stop(grace_s)
 
     def _run(self, key: str) -> BundleRun:
-        return self._runs.setdefault(key, BundleRun())
+        return self._runs.setdefault(key, BundleRun(self._nursery))
 
     async def _are_empty(self, order: RunOrder) -> bool:
         """Whether the GPUs' driver shows none of the attempt's processes, nor a stranger's, on our whole devices."""
+        if not gpu_probe.can_look():
+            return True
         deadline = asyncio.get_running_loop().time() + EMPTY_WITHIN_S
         while True:
             found = await asyncio.to_thread(gpu_probe.left_on, self._gpu_ids, order.key)

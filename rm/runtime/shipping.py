@@ -69,10 +69,11 @@ class LogShipper:
         deadline = time.monotonic() + GIVE_UP_S
         while True:
             try:
-                while await self._pass():
-                    pass
-                for rank, stream, _ in self._tails:
-                    await self._call("close_log", rank, stream)
+                while any(self._unsent.values()) or self._behind() > BATCH_BYTES:
+                    await self._pass()
+                last = [(rank, stream, *self._next(rank, stream, tail)) for rank, stream, tail in self._tails]
+                order = self._order
+                await self._store.call("end_logs", order.archive_id, order.attempt, last)
                 return
             except (RayError, ValueError):
                 if time.monotonic() > deadline:
@@ -80,32 +81,33 @@ class LogShipper:
                     return
                 await asyncio.sleep(1)
 
+    def _behind(self) -> int:
+        return sum(tail.behind() for _, _, tail in self._tails)
+
     async def _pass(self) -> bool:
         """One batch of every file that has news. True where there was any."""
         moved = await asyncio.gather(*(self._ship(*each) for each in self._tails))
         return any(moved)
 
     async def _ship(self, rank: int, stream: str, tail: Tail) -> bool:
-        key = rank, stream
-        data = self._unsent.pop(key, b"")
+        offset, data = self._next(rank, stream, tail)
         if not data:
+            return False
+        order = self._order
+        await self._store.call("append_log", order.archive_id, order.attempt, rank, stream, offset, data)
+        del self._unsent[rank, stream]
+        self._sent[rank, stream] = offset + len(data)
+        tail.forget(KEPT_BYTES, FORGET_BYTES)
+        return True
+
+    def _next(self, rank: int, stream: str, tail: Tail) -> tuple[int, bytes]:
+        """The file's next batch, and where it begins. Kept until acknowledged: a call that fails must not lose it."""
+        key = rank, stream
+        if not self._unsent.get(key):
             if (behind := tail.behind()) > BEHIND_MOST_BYTES:
                 given_up = behind - BEHIND_MOST_BYTES // 2
                 tail.skip(given_up)
                 # The store sees the gap between this and the next batch, and marks it.
                 self._sent[key] = self._sent.get(key, 0) + given_up
-            data = tail.read(BATCH_BYTES)
-        if not data:
-            return False
-        offset = self._sent.get(key, 0)
-        # Kept until acknowledged: a cancelled or failed call must not lose the batch.
-        self._unsent[key] = data
-        await self._call("append_log", rank, stream, offset, data)
-        del self._unsent[key]
-        self._sent[key] = offset + len(data)
-        tail.forget(KEPT_BYTES, FORGET_BYTES)
-        return True
-
-    async def _call(self, method: str, rank: int, stream: str, *args: object) -> None:
-        order = self._order
-        await self._store.call(method, order.archive_id, order.attempt, rank, stream, *args)
+            self._unsent[key] = tail.read(BATCH_BYTES)
+        return self._sent.get(key, 0), self._unsent[key]

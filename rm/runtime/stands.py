@@ -18,18 +18,21 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rm.core.model import Gang, PlacedBundle, units_by_node
 from rm.core.resources import GPU_UNIT, Bundle
 from rm.runtime.nodes import NodeWatch, Seen
+from rm.runtime.orders import Seat
 from rm.runtime.placements import Placements
 from rm.runtime.runners import Runners
 
 log = logging.getLogger("rm.stands")
 
+SETTLE_S = 65.0
+"""A little longer than a runner looks for a store that is away."""
 REMOVE_AGAIN_S = 5.0
 """Removal is asked for again when the group is still there after this long: Ray can lose the first request."""
 
@@ -44,7 +47,7 @@ class Stand:
     places: tuple[object, ...]
     runtime_env: str
     runners: list[Any]
-    count: int
+    seats: list[Seat]
     units: Counter[str]
     """GPU units by node."""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -63,13 +66,13 @@ class Stands:
         self._leaving: dict[str, Stand] = {}
         """Idle ones that are being taken down, by holder like the others."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watches: set[asyncio.Task[None]] = set()
 
     # --- one attempt's ---------------------------------------------------------------------------------------
 
-    def runners(self, attempt: str) -> list[Any]:
-        """The runners of a stand that the attempt has taken over; empty where they have to be started or found."""
-        stand = self._taken.get(attempt)
-        return stand.runners if stand is not None else []
+    def taken(self, attempt: str) -> Stand | None:
+        """The stand that the attempt has taken over; None where its runners have to be started or found."""
+        return self._taken.get(attempt)
 
     async def take_down(self, attempt: str, node_ids: set[str], count: int) -> None:
         """End the runners, remove the group, and see its GPUs free. Returns when that is so, however long it takes."""
@@ -98,25 +101,38 @@ class Stands:
         placed: Sequence[PlacedBundle],
         env: dict[str, Any],
         runners: list[Any],
+        seats: list[Seat],
     ) -> bool:
-        """The attempt has ended and its runners are idle: keep them for the next. False where nothing is kept."""
+        """The attempt has ended and its runners are idle: keep them for the next. False where nothing is kept.
+
+        `seats` is where they sit, with ports that are free now.
+        """
         if not self._keep_s or self._placements.handle(attempt) is None:
             return False
-        self._taken.pop(attempt, None)
-        stand = Stand(
-            attempt,
-            self._placements.name(attempt),
-            gang.bundle,
-            _places(gang.bundle, placed),
-            env_key(env),
-            runners,
-            len(placed),
-            units_by_node(placed, gang.bundle.gpu_units),
-        )
+        stand = self._taken.pop(attempt, None)
+        if stand is None:
+            stand = Stand(
+                attempt,
+                self._placements.name(attempt),
+                gang.bundle,
+                _places(gang.bundle, placed),
+                env_key(env),
+                runners,
+                seats,
+                units_by_node(placed, gang.bundle.gpu_units),
+            )
+            self._start_task(self._mourn(stand), f"life of {stand.name}", self._watches)
+        stand.seats = seats
         loop = asyncio.get_running_loop()
         stand.expiry = loop.call_later(self._keep_s, self._retire, stand)
         self._idle[attempt] = stand
         return True
+
+    def give_back(self, attempt: str) -> None:
+        """The attempt never was: what it has taken goes."""
+        if (stand := self._taken.pop(attempt, None)) is not None:
+            self._idle[attempt] = stand
+            self._retire(stand)
 
     def may_take(self, gang: Gang, placed: Sequence[PlacedBundle]) -> bool:
         """Whether an idle stand has these bundles in these places, whatever its runtime_env."""
@@ -182,15 +198,40 @@ class Stands:
         assert stand.expiry is not None
         stand.expiry.cancel()
         self._leaving[stand.holder] = stand
-        task = asyncio.create_task(self._retired(stand), name=f"retire {stand.name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start_task(self._retired(stand), f"retire {stand.name}", self._tasks)
 
     async def _retired(self, stand: Stand) -> None:
         try:
-            await self.take_down(stand.holder, set(stand.units), stand.count)
+            await settled(runner.all_settled.remote() for runner in stand.runners)
+            await self.take_down(stand.holder, set(stand.units), len(stand.runners))
         finally:
             self._leaving.pop(stand.holder, None)
+
+    async def _mourn(self, stand: Stand) -> None:
+        """Take it down when a runner dies while nobody needs it. Who has it then notices by himself."""
+        lives = [asyncio.ensure_future(runner.life.remote()) for runner in stand.runners]
+        await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
+        for life in lives:
+            if life.done():
+                life.exception()  # looked at, or asyncio complains
+            life.cancel()
+        self._retire(stand)
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str, among: set[asyncio.Task[None]]) -> None:
+        task = asyncio.create_task(work, name=name)
+        among.add(task)
+        task.add_done_callback(among.discard)
+
+
+async def settled(calls: Iterable[Awaitable[None]]) -> None:
+    """Wait until runners have sent the ends of logs away, but not for ever: whoever is dead sends no more."""
+    answers = [asyncio.ensure_future(each) for each in calls]
+    if not answers:
+        return
+    await asyncio.wait(answers, timeout=SETTLE_S)
+    for each in answers:
+        if not each.cancel():
+            each.exception()
 
 
 def env_key(runtime_env: dict[str, Any]) -> str:

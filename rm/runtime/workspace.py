@@ -1,7 +1,7 @@
 """What a bundle's processes find around them: a scratch directory, their code, their environment.
 
 No Ray here: the runner fetches the blobs and hands them in. The scratch directory is removed when the run ends;
-if the runner is killed before that, the next runner on the node removes it (`clear_stale`).
+if the runner is killed before that, the next run that ends on the node removes it (`clear_stale`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Workspace:
 
     def create(self, payload: bytes | None, working_dir: bytes | None) -> None:
         """Lay the files out. Raises ClusterError where this node can't give what was asked."""
-        clear_stale(self.path.parent)
+        require_own(self.path.parent)
         shutil.rmtree(self.path, ignore_errors=True)
         self._code.mkdir(parents=True, mode=0o700)
         (self.path / OWNER_FILE).write_text(str(os.getpid()))
@@ -55,7 +55,10 @@ class Workspace:
         _make_checkpoint_dir(Path(self.order.checkpoint_dir))
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove it, and what runners that were killed have left beside it."""
+        if self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            clear_stale(self.path.parent)
 
     def ask_to_stop(self) -> None:
         """Make `rm.should_stop()` true for every rank."""
@@ -171,8 +174,8 @@ def _make_checkpoint_dir(path: Path) -> None:
         )
 
 
-def clear_stale(root: Path) -> None:
-    """Remove scratch directories whose runner is gone: it was killed before it could."""
+def require_own(root: Path) -> None:
+    """Make the directory, and be sure that it is ours. Raises ClusterError."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = root.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
@@ -181,6 +184,10 @@ def clear_stale(root: Path) -> None:
             f"{root} is a link or another user's, who could then change what jobs run: remove it, or set TMPDIR "
             "where Ray is started"
         )
+
+
+def clear_stale(root: Path) -> None:
+    """Remove scratch directories whose runner is gone: it was killed before it could."""
     for path in root.iterdir():
         try:
             owner = int((path / OWNER_FILE).read_text())

@@ -85,14 +85,23 @@ class Writer:
         *,
         clock: Callable[[], float],
         execute: Callable[[Iterable[Effect]], None],
+        foresee: Callable[[Effect], Event | None] = lambda _: None,
+        reconsider: Callable[[Mapping[str, Job]], None] = lambda _: None,
         want: Callable[[Wanted], None] = lambda _: None,
         max_pending: int = 100_000,
         max_pending_per_owner: int = 100_000,
         check: bool = False,
     ) -> None:
+        """`foresee`: what an effect comes to, as an event, where that takes nothing that the world would notice.
+
+        Such an event is part of the batch that decided the effect, and saves a commit of its own. If the batch can't
+        be committed, `reconsider` is told the jobs as the ledger has them.
+        """
         self._ledger = ledger
         self._clock = clock
         self._execute = execute
+        self._foresee = foresee
+        self._reconsider = reconsider
         self._want = want
         self._max_pending = max_pending
         self._max_pending_per_owner = max_pending_per_owner
@@ -179,14 +188,18 @@ class Writer:
         await self._ask([_Request(event, answer, policy=AppliedPolicy(policy, text, by, now))])
 
     async def submit(
-        self, drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]], spec_texts: Sequence[str] = ()
+        self,
+        drafts: list[tuple[JobSpec, str, Callable[[str, int], Job]]],
+        spec_texts: Sequence[str] = (),
+        named: Callable[[str, JobSpec, int], None] = lambda *_: None,
     ) -> list[str]:
         """Accept jobs, all or none; returns their ids once they are durable.
 
         A draft is the spec, its idempotency key, and what makes the core's record from an id and its number. For an
         array that makes many records, and the id is that of the array. Appends to the inbox before it first waits:
         what the caller has just seen in the state still holds then. `spec_texts`: the specs as the ledger stores them,
-        where that is known. Raises Busy where too many jobs would wait.
+        where that is known. `named` is told each id before anything is decided about it, with the spec and the size of
+        its text. Raises Busy where too many jobs would wait.
         """
         new: Counter[str] = Counter()
         for spec, _, _ in drafts:
@@ -199,6 +212,7 @@ class Writer:
             first = self._next_seq
             self._next_seq += spec.array or 1
             ids.append(f"j{first}")
+            named(ids[-1], spec, len(text))
             for job, own_key in _records(make, first, spec.array, key):
                 accepted = Accepted(job, spec, own_key, text)
                 requests.append(_Request(JobSubmitted(now, job), loop.create_future(), accepted))
@@ -315,9 +329,21 @@ class Writer:
         if self._scheduling:
             for decision in decide(self.state, now).events:
                 before = self._apply(decision, before, rows, effects)
+        effects = self._foreseen(effects, before, rows)
         if self._check:
             self.state.check()
         return rows, effects, refused
+
+    def _foreseen(self, effects: list[Effect], before: Totals, rows: list[EventRow]) -> list[Effect]:
+        """What is left to be carried out when all has been applied that can be foreseen."""
+        left: list[Effect] = []
+        for effect in effects:
+            event = self._foresee(effect)
+            if event is None:
+                left.append(effect)
+            else:
+                before = self._apply(event, before, rows, left)
+        return left
 
     def _and_what_follows(self, inbox: list[Event | _Request], now: float) -> Iterator[Event | _Request]:
         """The inbox, and when all of it has been applied, what is due then."""
@@ -395,6 +421,7 @@ class Writer:
         for event in _observations(old):
             self.state.apply(event)
         self._publish([*loaded.jobs, *ended])
+        self._reconsider(self.state.jobs)
         self._execute(effects)
         self._wake.set()
 

@@ -7,14 +7,15 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rm.runtime import keeper
-from rm.runtime.processes import ATTEMPT_KEY, RankProcess, sweep
+from rm.runtime.nursery import Nursery
+from rm.runtime.processes import ATTEMPT_KEY, Launched, RankProcess, sweep
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -57,7 +58,12 @@ class Attempt:
     def __init__(self, folder: Path) -> None:
         self.key = f"test-{uuid.uuid4().hex}.1"
         self.folder = folder
+        self.nursery = Nursery()
         self.env = {**os.environ, ATTEMPT_KEY: self.key, "PYTHONPATH": str(REPOSITORY)}
+
+    async def start(self, procs: Sequence[RankProcess], grace_s: float) -> Launched:
+        """The ranks, started by a keeper of this attempt's nursery."""
+        return await Launched.start("t.1", procs, grace_s, self.nursery)
 
     def rank(self, number: int, *argv: str, **changes: Any) -> RankProcess:
         """A rank that runs this command, its output in the attempt's folder."""
@@ -104,6 +110,7 @@ def attempt(tmp_path: Path) -> Iterator[Attempt]:
     mine = Attempt(tmp_path)
     yield mine
     left = mine.alive()
+    mine.nursery.close()
     sweep(mine.key)
     assert not left
 

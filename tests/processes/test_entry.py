@@ -17,7 +17,7 @@ import pytest
 
 from rm.errors import NotPicklable, PayloadTooLarge
 from rm.runtime.entry import load_error, result_path
-from rm.runtime.processes import Launched, LaunchOutcome
+from rm.runtime.processes import LaunchOutcome
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -317,7 +317,7 @@ def test_a_gang_of_functions(attempt: Any) -> None:
     ranks = [attempt.rank(n, *argv, env={**attempt.env, "RANK": str(n)}) for n in range(2)]
 
     async def scenario() -> LaunchOutcome:
-        return await (await Launched.start("t.1", ranks, 5.0)).wait()
+        return await (await attempt.start(ranks, 5.0)).wait()
 
     outcome = asyncio.run(scenario())
     assert [(end.code, end.signal) for end in outcome.exits] == [(None, 15), (1, None)]

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rm.runtime.processes import KEEPER, RankProcess
+from rm.runtime.nursery import KEEPER
+from rm.runtime.processes import RankProcess
 
 
 class Talk:

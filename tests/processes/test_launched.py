@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from rm.runtime.processes import Launched, LaunchOutcome, RankProcess
+from rm.runtime.processes import LaunchOutcome, RankProcess
 from rm.runtime.tail import Tail
 
 IGNORE_TERM = "import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); time.sleep(1000)"
 
 
-def run(*procs: RankProcess, grace_s: float = 5.0) -> LaunchOutcome:
+def run(attempt: Any, *procs: RankProcess, grace_s: float = 5.0) -> LaunchOutcome:
     """Start these ranks and let them end by themselves."""
 
     async def scenario() -> LaunchOutcome:
-        return await (await Launched.start("t.1", procs, grace_s)).wait()
+        return await (await attempt.start(procs, grace_s)).wait()
 
     return asyncio.run(scenario())
 
@@ -32,7 +32,7 @@ def run(*procs: RankProcess, grace_s: float = 5.0) -> LaunchOutcome:
 
 @pytest.mark.parametrize("code", [0, 1, 3, 127, 255])
 def test_exit_code_is_passed_on(attempt: Any, code: int) -> None:
-    outcome = run(attempt.rank(0, "sh", "-c", f"exit {code}"))
+    outcome = run(attempt, attempt.rank(0, "sh", "-c", f"exit {code}"))
     (end,) = outcome.exits
     assert (end.code, end.signal, end.error, end.failed) == (code, None, None, code != 0)
     assert outcome.first_failed == (0 if code else None)
@@ -42,14 +42,14 @@ def test_exit_code_is_passed_on(attempt: Any, code: int) -> None:
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
 def test_death_by_signal_has_its_name(attempt: Any, name: str) -> None:
-    outcome = run(attempt.rank(0, "sh", "-c", f"ulimit -c 0; kill -{name[3:]} $$"))
+    outcome = run(attempt, attempt.rank(0, "sh", "-c", f"ulimit -c 0; kill -{name[3:]} $$"))
     (end,) = outcome.exits
     assert (end.code, end.signal, end.signal_name) == (None, getattr(signal, name), name)
     assert outcome.first_failed == 0
 
 
 def test_real_time_signals_have_numbers_only(attempt: Any) -> None:
-    (end,) = run(attempt.python(0, "import os; os.kill(os.getpid(), 40)")).exits
+    (end,) = run(attempt, attempt.python(0, "import os; os.kill(os.getpid(), 40)")).exits
     assert (end.signal, end.signal_name) == (40, "signal 40")
 
 
@@ -63,7 +63,9 @@ print(os.getsid(0) == os.getpid(), os.readlink("/proc/self/fd/0"))
 print(len(os.listdir("/proc/self/fd")))  # 0, 1, 2 and the listing itself
 print([int(line.split()[1], 16) for line in open("/proc/self/status") if line.startswith("SigBlk")])
 print(os.environ["RM_ATTEMPT_KEY"], os.getcwd())"""
-        outcome = run(attempt.python(0, code), attempt.rank(1, "grep", "^Sig[BI]", "/proc/self/status"))
+        outcome = run(
+            attempt, attempt.python(0, code), attempt.rank(1, "grep", "^Sig[BI]", "/proc/self/status")
+        )
     finally:
         signal.signal(signal.SIGUSR2, ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -81,7 +83,7 @@ print(os.environ["RM_ATTEMPT_KEY"], os.getcwd())"""
 
 def test_output_of_100_mb_arrives_whole(attempt: Any) -> None:
     size = 100 * 2**20
-    outcome = run(attempt.rank(0, "sh", "-c", f"head -c {size} /dev/zero; echo done >&2"))
+    outcome = run(attempt, attempt.rank(0, "sh", "-c", f"head -c {size} /dev/zero; echo done >&2"))
     assert outcome.exits[0].code == 0
     tail, read = Tail(attempt.folder / "0.out"), 0
     while not tail.drained:
@@ -94,6 +96,7 @@ def test_one_file_can_take_both_streams_and_is_appended_to(attempt: Any) -> None
     both = attempt.folder / "both.log"
     both.write_text("first\n")
     run(
+        attempt,
         attempt.rank(0, "sh", "-c", "echo out; echo err >&2; echo out", stdout=str(both), stderr=str(both)),
         attempt.rank(1, "sh", "-c", "exit 0", stdout=str(both), stderr=str(both)),
     )
@@ -101,7 +104,9 @@ def test_one_file_can_take_both_streams_and_is_appended_to(attempt: Any) -> None
 
 
 def test_a_rank_may_close_its_output(attempt: Any) -> None:
-    outcome = run(attempt.python(0, "import os, sys, time; [os.close(n) for n in range(3)]; time.sleep(.1)"))
+    outcome = run(
+        attempt, attempt.python(0, "import os, sys, time; [os.close(n) for n in range(3)]; time.sleep(.1)")
+    )
     assert [(end.code, end.signal) for end in outcome.exits] == [(0, None)]
 
 
@@ -135,7 +140,7 @@ def test_what_cannot_start_says_what_to_fix(
 ) -> None:
     changes = dict(changes)
     script = a_file(attempt.folder, changes.pop("text", ""), changes.pop("mode", 0o644))
-    outcome = run(attempt.rank(3, *[each.format(script=script) for each in argv], **changes))
+    outcome = run(attempt, attempt.rank(3, *[each.format(script=script) for each in argv], **changes))
     (end,) = outcome.exits
     assert (end.code, end.signal, end.error_kind) == (None, None, kind)
     assert end.error is not None
@@ -145,7 +150,7 @@ def test_what_cannot_start_says_what_to_fix(
 
 
 def test_a_rank_that_cannot_start_takes_its_gang_along(attempt: Any) -> None:
-    outcome = run(attempt.rank(0, "sleep", "1000"), attempt.rank(1, "no-such-command"))
+    outcome = run(attempt, attempt.rank(0, "sleep", "1000"), attempt.rank(1, "no-such-command"))
     assert outcome.first_failed == 1
     assert [end.signal_name for end in outcome.exits] == ["SIGTERM", None]
 
@@ -163,12 +168,12 @@ def test_a_broken_order_names_the_field(attempt: Any, change: dict[str, Any], fi
     good = attempt.rank(0, "true")
     fields = {name: getattr(good, name) for name in RankProcess.__dataclass_fields__}
     with pytest.raises(ValueError, match=field):
-        run(RankProcess(**(fields | change)), attempt.rank(1, "true"))
+        run(attempt, RankProcess(**(fields | change)), attempt.rank(1, "true"))
 
 
-def test_an_empty_order_is_refused() -> None:
+def test_an_empty_order_is_refused(attempt: Any) -> None:
     with pytest.raises(ValueError, match="empty"):
-        run()
+        run(attempt)
 
 
 # --- gangs -------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def test_an_empty_order_is_refused() -> None:
 def test_one_of_eight_fails_and_the_others_are_stopped(attempt: Any) -> None:
     ranks = [attempt.rank(n, "sleep", "1000") for n in range(8)]
     ranks[5] = attempt.rank(5, "sh", "-c", "exit 7")
-    outcome = run(*ranks)
+    outcome = run(attempt, *ranks)
     assert outcome.first_failed == 5
     assert [end.rank for end in outcome.exits] == list(range(8))
     assert [end.code for end in outcome.exits if end.failed and end.code is not None] == [7]
@@ -186,7 +191,7 @@ def test_one_of_eight_fails_and_the_others_are_stopped(attempt: Any) -> None:
 
 def test_a_gang_that_ignores_sigterm_gets_the_grace_of_the_order(attempt: Any) -> None:
     wait = "while [ ! -e ready ]; do sleep 0.01; done; exit 2"
-    outcome = run(attempt.python(0, IGNORE_TERM), attempt.rank(1, "sh", "-c", wait), grace_s=0.3)
+    outcome = run(attempt, attempt.python(0, IGNORE_TERM), attempt.rank(1, "sh", "-c", wait), grace_s=0.3)
     assert outcome.first_failed == 1
     assert [end.signal_name for end in outcome.exits] == ["SIGKILL", None]
     assert 0.29 <= outcome.exits[0].at - outcome.exits[1].at < 3
@@ -196,7 +201,7 @@ def test_a_rank_that_ends_well_leaves_the_others_running(attempt: Any) -> None:
     slow = attempt.rank(1, "sh", "-c", "while [ ! -e go ]; do sleep 0.01; done")
 
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start("t.1", [attempt.rank(0, "true"), slow], 5.0)
+        launched = await attempt.start([attempt.rank(0, "true"), slow], 5.0)
         await asyncio.to_thread(attempt.until, lambda: attempt.gone(launched.pids[0]))
         (attempt.folder / "go").touch()
         return await launched.wait()
@@ -205,7 +210,7 @@ def test_a_rank_that_ends_well_leaves_the_others_running(attempt: Any) -> None:
 
 
 def test_many_end_at_once(attempt: Any) -> None:
-    outcome = run(*[attempt.rank(n, "true") for n in range(32)])
+    outcome = run(attempt, *[attempt.rank(n, "true") for n in range(32)])
     assert [(end.rank, end.code) for end in outcome.exits] == [(n, 0) for n in range(32)]
     assert outcome.first_failed is None
 
@@ -219,7 +224,7 @@ def stop(
     """Start the rank, wait for its file `ready`, stop it with each grace; the outcome, and the seconds."""
 
     async def scenario() -> tuple[LaunchOutcome, float]:
-        launched = await Launched.start("t.1", [rank], 60.0)
+        launched = await attempt.start([rank], 60.0)
         await asyncio.to_thread(attempt.until, attempt.saw(ready))
         began = time.monotonic()
         for grace_s in graces_s:
@@ -293,9 +298,7 @@ def test_a_leader_that_shuts_down_by_itself_leaves_no_grace_to_what_it_forgot(at
 
 def test_kill_is_at_once(attempt: Any) -> None:
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start(
-            "t.1", [attempt.python(0, IGNORE_TERM), attempt.rank(1, "sleep", "99")], 60
-        )
+        launched = await attempt.start([attempt.python(0, IGNORE_TERM), attempt.rank(1, "sleep", "99")], 60)
         await asyncio.to_thread(attempt.until, attempt.saw("ready"))
         launched.kill()
         launched.kill()
@@ -311,7 +314,7 @@ def test_stop_may_meet_the_end(attempt: Any) -> None:
 
     async def scenario() -> None:
         for round_ in range(6):
-            launched = await Launched.start("t.1", [attempt.rank(0, "sh", "-c", "exit 0")], 5.0)
+            launched = await attempt.start([attempt.rank(0, "sh", "-c", "exit 0")], 5.0)
             await asyncio.sleep(0.001 * round_)
             await launched.stop(5.0)
             outcome = await launched.wait()
@@ -327,7 +330,7 @@ def test_stop_may_meet_the_end(attempt: Any) -> None:
 def test_the_loop_may_run_in_another_thread(attempt: Any) -> None:
     """As that of an asyncio actor does."""
     outcomes: list[LaunchOutcome] = []
-    thread = threading.Thread(target=lambda: outcomes.append(run(attempt.daemon(0))))
+    thread = threading.Thread(target=lambda: outcomes.append(run(attempt, attempt.daemon(0))))
     thread.start()
     thread.join(20)
     assert [end.code for end in outcomes[0].exits] == [0]
@@ -336,7 +339,7 @@ def test_the_loop_may_run_in_another_thread(attempt: Any) -> None:
 
 def test_wait_may_be_cancelled_and_repeated(attempt: Any) -> None:
     async def scenario() -> None:
-        launched = await Launched.start("t.1", [attempt.rank(0, "sleep", "1000")], 5.0)
+        launched = await attempt.start([attempt.rank(0, "sleep", "1000")], 5.0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(launched.wait(), 0.01)
         assert not attempt.gone(launched.pids[0]), "a caller who stops waiting stops nothing"
@@ -350,7 +353,7 @@ def test_wait_may_be_cancelled_and_repeated(attempt: Any) -> None:
 @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01, 0.02, 0.03])
 def test_a_cancelled_start_leaves_nothing(attempt: Any, after_s: float) -> None:
     async def scenario() -> None:
-        starting = asyncio.create_task(Launched.start("t.1", [attempt.rank(0, "sleep", "1000")], 60.0))
+        starting = asyncio.create_task(attempt.start([attempt.rank(0, "sleep", "1000")], 60.0))
         await asyncio.sleep(after_s)
         starting.cancel()
         try:

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from rm.runtime import keeper, processes
-from rm.runtime.processes import Launched, LaunchOutcome, sweep
+from rm.runtime import keeper, nursery, processes
+from rm.runtime.processes import LaunchOutcome, sweep
 
 RUNNER = """
 import asyncio, json, sys, time
+from rm.runtime.nursery import Nursery
 from rm.runtime.processes import Launched, RankProcess
 
 async def main():
     procs = [RankProcess(**{**each, "argv": tuple(each["argv"])}) for each in json.loads(sys.argv[1])]
-    launched = await Launched.start("t.1", procs, 60.0)
+    launched = await Launched.start("t.1", procs, 60.0, Nursery())
     print(json.dumps(launched.keeper_pids), flush=True)
     await launched.wait()
 
@@ -35,7 +36,7 @@ def outcome_after(attempt: Any, victims: list[int], number: int) -> tuple[Launch
 
     async def scenario() -> tuple[LaunchOutcome, int]:
         ranks = [attempt.daemon(0, "time.sleep(1000)"), attempt.rank(1, "sleep", "1000")]
-        launched = await Launched.start("t.1", ranks, 0.3)
+        launched = await attempt.start(ranks, 0.3)
         daemon = await asyncio.to_thread(attempt.daemon_pid)
         pids = launched.keeper_pids
         for victim in victims:
@@ -50,7 +51,7 @@ def outcome_after(attempt: Any, victims: list[int], number: int) -> tuple[Launch
 
 def test_a_daemon_dies_when_its_rank_has_ended(attempt: Any) -> None:
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start("t.1", [attempt.daemon(0)], 60.0)
+        launched = await attempt.start([attempt.daemon(0)], 60.0)
         outcome = await launched.wait()
         assert not attempt.alive()
         return outcome
@@ -64,7 +65,7 @@ def test_a_daemon_dies_when_its_rank_has_ended(attempt: Any) -> None:
 def test_a_daemon_lives_as_long_as_any_rank(attempt: Any) -> None:
     async def scenario() -> LaunchOutcome:
         waits = attempt.rank(1, "sh", "-c", "while [ ! -e go ]; do sleep 0.01; done")
-        launched = await Launched.start("t.1", [attempt.daemon(0), waits], 60.0)
+        launched = await attempt.start([attempt.daemon(0), waits], 60.0)
         daemon = await asyncio.to_thread(attempt.daemon_pid)
         await asyncio.to_thread(attempt.until, lambda: attempt.gone(launched.pids[0]))
         assert daemon in attempt.alive()
@@ -81,7 +82,7 @@ def test_many_leftovers_in_a_deep_tree(attempt: Any) -> None:
     code += "else: time.sleep(1000)\n"
 
     async def scenario() -> LaunchOutcome:
-        return await (await Launched.start("t.1", [attempt.python(0, code)], 60.0)).wait()
+        return await (await attempt.start([attempt.python(0, code)], 60.0)).wait()
 
     outcome = asyncio.run(scenario())
     assert [end.code for end in outcome.exits] == [0]
@@ -100,7 +101,7 @@ while " Z " not in open(f"/proc/{child}/stat").read():
 """
 
     async def scenario() -> LaunchOutcome:
-        return await (await Launched.start("t.1", [attempt.python(0, code)], 60.0)).wait()
+        return await (await attempt.start([attempt.python(0, code)], 60.0)).wait()
 
     outcome = asyncio.run(scenario())
     assert [end.code for end in outcome.exits] == [0], (attempt.folder / "0.err").read_text()
@@ -148,7 +149,7 @@ def test_keeper_and_guard_killed_and_the_sweep_cleans_up(attempt: Any) -> None:
 
 def test_guard_killed_changes_nothing(attempt: Any) -> None:
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start("t.1", [attempt.daemon(0, "time.sleep(1000)")], 60.0)
+        launched = await attempt.start([attempt.daemon(0, "time.sleep(1000)")], 60.0)
         await asyncio.to_thread(attempt.daemon_pid)
         os.kill(launched.keeper_pids[1], signal.SIGKILL)
         await asyncio.to_thread(attempt.until, lambda: attempt.gone(launched.keeper_pids[1]))
@@ -171,11 +172,11 @@ def test_sigterm_to_the_keeper_is_a_stop(attempt: Any, victim: int) -> None:
 def test_without_subreaper_the_sweep_finds_daemons(attempt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where prctl fails: ranks run all the same, and what escapes to init is found by its mark."""
     crippled = attempt.folder / "keeper.py"
-    crippled.write_text(processes.KEEPER.read_text().replace("_prctl = _load_prctl()", "_prctl = None"))
-    monkeypatch.setattr(processes, "KEEPER", crippled)
+    crippled.write_text(nursery.KEEPER.read_text().replace("_prctl = _load_prctl()", "_prctl = None"))
+    monkeypatch.setattr(nursery, "KEEPER", crippled)
 
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start("t.1", [attempt.daemon(0)], 60.0)
+        launched = await attempt.start([attempt.daemon(0)], 60.0)
         return await launched.wait()
 
     outcome = asyncio.run(scenario())
@@ -187,10 +188,10 @@ def test_without_subreaper_the_sweep_finds_daemons(attempt: Any, monkeypatch: py
 def test_a_keeper_that_never_comes_up(attempt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = attempt.folder / "keeper.py"
     broken.write_text("raise SystemExit(3)")
-    monkeypatch.setattr(processes, "KEEPER", broken)
+    monkeypatch.setattr(nursery, "KEEPER", broken)
 
     async def scenario() -> LaunchOutcome:
-        launched = await Launched.start("t.1", [attempt.rank(0, "true")], 60.0)
+        launched = await attempt.start([attempt.rank(0, "true")], 60.0)
         assert launched.keeper_pids == ()
         return await launched.wait()
 

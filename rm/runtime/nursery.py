@@ -1,0 +1,113 @@
+"""The runner's side of the nursery: a process that forks keepers, so that no attempt waits for a Python to start.
+
+`rm.runtime.keeper` is the other side. One per runner; it starts with it, and ends with it. Where it was killed, the
+next attempt starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from rm.runtime import keeper
+
+KEEPER = Path(keeper.__file__)
+LINE_LIMIT_BYTES = 1 << 20
+
+
+class Talk:
+    """A keeper's two ends. Both must be closed, by `hush` and by reading to the end."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, transport: asyncio.WriteTransport
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._transport = transport
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """What it says, to the end, which is when neither keeper nor guard lives any more."""
+        try:
+            async for line in self._reader:
+                yield line
+        finally:
+            self._writer.close()
+
+    def tell(self, line: bytes) -> None:
+        """Nothing happens where it listens no more."""
+        if not self._transport.is_closing():
+            self._transport.write(line)
+
+    def break_off(self) -> None:
+        """Neither hear nor tell any more: it kills all and ends."""
+        self._writer.close()
+        self._transport.close()
+
+    def hush(self) -> None:
+        """Nothing more will be told. While it lives it takes this for our death, and kills all."""
+        self._transport.close()
+
+
+class Nursery:
+    """One process, and the socket on which it is asked. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the process, unless it runs. Raises OSError where this machine can't start one more."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-I", "-S", str(KEEPER), "--nursery"]
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
+
+    async def keeper(self, attempt: str) -> Talk:
+        """A guard and a keeper for the attempt: what they say, and where they are told. Raises OSError."""
+        # Not one socket for both ways: an answer must still be read when the other side no longer listens.
+        hears, says = socket.socketpair()
+        told, tells = socket.socketpair()
+        with told, says:
+            try:
+                try:
+                    self._hand_in(attempt, told, says)
+                except (BrokenPipeError, ConnectionResetError):
+                    self._hand_in(attempt, told, says)  # it was killed since it was last looked at
+            except BaseException:
+                hears.close()
+                tells.close()
+                raise
+        opening = asyncio.create_task(_open(hears, tells))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            (await opening).break_off()
+            raise
+
+    def _hand_in(self, attempt: str, told: socket.socket, says: socket.socket) -> None:
+        self.start()
+        assert self._requests is not None
+        socket.send_fds(self._requests, [attempt.encode()], [told.fileno(), says.fileno()])
+
+    def close(self) -> None:
+        """End it. Attempts under way go on: they are not its."""
+        if self._requests is not None:
+            self._requests.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._requests = self._process = None
+
+
+async def _open(hears: socket.socket, tells: socket.socket) -> Talk:
+    reader, writer = await asyncio.open_unix_connection(sock=hears, limit=LINE_LIMIT_BYTES)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=tells)
+    return Talk(reader, writer, transport)
