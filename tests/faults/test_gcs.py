@@ -46,6 +46,29 @@ def ranks(job: Any) -> list[int]:
     return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e"))
 
 
+HOLDER = """
+import sys, time
+import rm
+from rm.errors import AllocatorUnavailable, LeaseLost
+
+with rm.connect(sys.argv[1]).lease(num_gpus=1, ttl=8) as lease:
+    print(lease.id, flush=True)
+    heard = time.monotonic()
+    while True:
+        try:
+            lease.options()
+            heard = time.monotonic()
+        except AllocatorUnavailable:
+            pass
+        except LeaseLost as error:
+            print(f"{time.monotonic() - heard:.1f} {error}", flush=True)
+            break
+        time.sleep(0.2)
+print("through", flush=True)
+"""
+"""A program that has a lease until it learns that it has it no more."""
+
+
 def rmctl(*words: str, address: str) -> subprocess.CompletedProcess[str]:
     code, env = "from rm.cli import main; main()", {**os.environ, "RAY_ADDRESS": address}
     command = [sys.executable, "-c", code, *words]
@@ -222,6 +245,14 @@ def a_new_ray(tmp_path: Path) -> None:
     script = f"cat {saved}; echo $RM_ATTEMPT $$ >> {tries}; echo kept > {saved}; {waiting(gate)}"
     running = client.submit(script, num_gpus=1)
     lease = client.submit(waiting(tmp_path / "never"), num_gpus=1, attach=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, old.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert holder.stdout is not None
+    held = holder.stdout.readline().strip()
     queued = client.submit("echo queued", num_gpus=GPUS)
     wait_until(lambda: running.status == lease.status == "RUNNING" and tries.exists(), 60, "both run")
     worker = next(node for node in client.nodes() if node.gpus)
@@ -244,6 +275,11 @@ def a_new_ray(tmp_path: Path) -> None:
         wait_until(lambda: client.job(running.id).status == "QUEUED", 30, "its attempt is lost")
         assert not Path(f"/proc/{first}").exists(), "before it is queued again"
         assert client.job(lease.id).wait(60).status == "CANCELLED", "its holder is gone"
+        assert client.job(held).wait(60).status == "FAILED", "its holder is not, but what he held is"
+        learnt_s, _, why = holder.stdout.readline().partition(" ")
+        assert f"lease {held}: the allocator has not answered" in why, why
+        assert float(learnt_s) < 8 + 8, "the call that waits for an answer began in the meantime"
+        assert holder.stdout.readline() == "through\n", "and its block has ended without an allocator"
         assert client.uncordon(node.name)[0].status == "ready"
         gate.touch()
         view = client.job(running.id).wait(60)
@@ -252,9 +288,11 @@ def a_new_ray(tmp_path: Path) -> None:
         assert client.job(running.id).logs() == "kept\nthrough\n"
         assert client.job(queued.id).wait(60).status == "SUCCEEDED"
         assert client.job(ended.id).logs() == "done\n"
-        assert len(client.jobs(all=True)) == 4
+        assert len(client.jobs(all=True)) == 5
         assert kinds(client).count("NodeLost") == 2
         # What the old runners leave in /tmp is removed by the next job there after they have ended.
         in_order(old, scratch=False)
     finally:
+        holder.kill()  # by now Ray may have ended it, or not
+        holder.wait()
         old.close()
