@@ -9,7 +9,7 @@ from rm.errors import AllocatorUnavailable, JobNotFinished, LeaseLost
 from rm.job import TERMINAL, WAIT_SLICE_S, Job
 
 LAST_WORD_S = 2.0
-"""How long it is tried to give a lease back to an allocator that does not answer any more."""
+"""How long an allocator is asked that does not answer any more."""
 
 if TYPE_CHECKING:
     from rm.client import Client
@@ -81,14 +81,15 @@ class Lease:
         if self._group is None:
             raise LeaseLost(f"lease {self.id} is not held: use it inside its with block", job=self.id)
         # Asked each time: a time limit or a dead node ends a lease behind its holder's back.
+        left_s = self._ttl_s - self._client._heartbeat.silence_s
         try:
-            self._group = self._client._allocator("lease", self.id, timeout_s=self._ttl_s)
+            self._group = self._client._allocator("lease", self.id, timeout_s=max(LAST_WORD_S, left_s))
         except AllocatorUnavailable as error:
             if not self._lost:
                 raise
             raise LeaseLost(
-                f"lease {self.id}: the allocator has not answered for {self._client._heartbeat.silence_s:.0f} s. It ends a "
-                f"lease whose holder it does not hear for {self._ttl_s:g} s, and so does a new head: {error}",
+                f"lease {self.id}: the allocator has not answered for {self._client._heartbeat.silence_s:.0f} s. It "
+                f"ends a lease whose holder it does not hear for {self._ttl_s:g} s, and so does a new head: {error}",
                 job=self.id,
             ) from error
         bundles = self._group["bundles"]
