@@ -316,13 +316,15 @@ class Allocator:
     # --- asked by clients ----------------------------------------------------------------------------------
 
     async def hello(self) -> dict[str, Any]:
-        """Who answers: version, ledger, pid, since when."""
+        """Who answers: version, ledger, pid, since when, and what it lets the store keep."""
         await self._up()
         return {
             "version": rm.__version__,
             "ledger_key": self._ledger.key,
             "ledger_url": _without_password(self._config.ledger_url),
             "home": str(self._config.home),
+            "store_keep_days": self._config.store_keep_days,
+            "store_keep_bytes": self._config.store_keep_bytes,
             "pid": os.getpid(),
             "began": self._began,
             "broken": self._writer.broken,
