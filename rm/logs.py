@@ -17,6 +17,8 @@ NEWS_S = 5.0
 
 DAY_S = 86_400.0
 
+SETTLED_S = 90.0
+"""More than a runner looks for a store that is away."""
 PAUSE_S = 1.0
 """Between two looks where so many follow logs that the store does not wait for us."""
 
@@ -87,7 +89,7 @@ class LogReader:
 
     def _settle(self) -> None:
         """The GPUs of a job that ended this moment are another's already, and its last lines may be on their way."""
-        self._job._client._allocator("settled", self._job.id)
+        self._job._client._allocator("settled", self._job.id, timeout_s=SETTLED_S)
 
     def _files(self) -> list[Any]:
         files = [

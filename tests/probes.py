@@ -41,7 +41,7 @@ def assert_nothing_left(client: Any) -> None:
 
 
 def scratch(ledger_key: str) -> list[str]:
-    """The scratch directories of a ledger's attempts on this machine. They go a moment after their attempt's end."""
+    """The scratch directories of a ledger's attempts on this machine. They go a moment after the attempt has ended."""
     from rm.runtime.workspace import scratch_root
 
     names = [path.name for path in scratch_root().iterdir()] if scratch_root().exists() else []

@@ -162,9 +162,10 @@ class BundleRun:
         if failed is None:
             failed = next((each for each in outcome.exits if each.failed), None)
         if failed is None:
-            return RunResult(ok=True, progress=progress, stopped=stopped, clean=clean)
+            return RunResult(ok=True, began=True, progress=progress, stopped=stopped, clean=clean)
         return RunResult(
             ok=False,
+            began=True,
             rank=failed.rank,
             exit_code=failed.code,
             signal=failed.signal,

@@ -73,6 +73,8 @@ class RunResult:
     """How one bundle's processes ended. `rank` and what follows describe the first that failed by itself."""
 
     ok: bool
+    began: bool = False
+    """User code ran, or could not be started for its own fault."""
     rank: int | None = None
     exit_code: int | None = None
     signal: int | None = None

@@ -162,6 +162,7 @@ def test_retries_of_user_code_when_asked(client, tmp_path: Path) -> None:
 def test_100_mb_of_output_arrive_whole(client) -> None:
     job = client.submit("head -c 100000000 /dev/zero | tr '\\0' x; echo; echo end", num_gpus=1)
     assert job.wait(120).status == "SUCCEEDED"
+    client._allocator("settled", job.id)
     (log,) = [f for f in job._store("logs") if f.stream == "out"]
     assert log.size == 100_000_005
     assert log.closed

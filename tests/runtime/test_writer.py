@@ -194,6 +194,46 @@ def test_the_ledger_fails_at_any_point_of_a_job_and_it_still_ends_once(
     with_writer(tmp_path, body)
 
 
+def ready_at_once(effect: Effect) -> PlacementReady | None:
+    return PlacementReady(1, effect.job_id, effect.attempt, "j9.1") if isinstance(effect, Reserve) else None
+
+
+def test_what_can_be_foreseen_is_decided_in_the_same_commit(tmp_path: Path) -> None:
+    async def body(writer: Writer, world: World, ledger: Any) -> None:
+        world.hold_runs = True
+        await until(lambda: writer.view().nodes)
+        before = ledger.commits
+        (job,) = await writer.submit([draft("k")])
+        assert ledger.commits == before + 1
+        assert world.asked == [("Run", job, 1)], "and nothing is left to be reserved"
+        kinds = [event.kind for event in ledger.events(job)]
+        assert kinds == ["JobSubmitted", "AvailabilityChecked", "JobAdmitted", "PlacementReady"]
+        assert ledger.job(job).job.attempt.stand == "j9.1"
+
+    with_writer(tmp_path, body, foresee=ready_at_once)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_was_foreseen_is_reconsidered_by_what_was_committed(tmp_path: Path, when: str) -> None:
+    told: list[list[tuple[str, int]]] = []
+
+    async def body(writer: Writer, world: World, ledger: Any) -> None:
+        await until(lambda: writer.view().nodes)
+        ledger.fail = [when]
+        with pytest.raises(LedgerUnavailable):
+            await writer.submit([draft("k")])
+        assert world.asked == []
+        await until(lambda: told)
+        assert told == [[("j1", 1)] if when == "after" else []]
+        if when == "after":
+            await until(lambda: world.asked == [("Run", "j1", 1), ("Release", "j1", 1)])
+
+    def reconsider(jobs: Any) -> None:
+        told.append([(each.id, each.attempt.number) for each in jobs.values() if each.attempt])
+
+    with_writer(tmp_path, body, foresee=ready_at_once, reconsider=reconsider)
+
+
 def test_a_restart_resumes_what_was_under_way(tmp_path: Path) -> None:
     async def first(writer: Writer, world: World, ledger: Flaky) -> None:
         world.hold_runs = True
