@@ -87,7 +87,9 @@ def user_processes() -> dict[int, str]:
             continue
         if f"{MARK}={os.environ[MARK]}".encode() not in environ:
             continue
-        if any(each.startswith(b"RM_ATTEMPT_KEY=") for each in environ) and command:
+        # A preloaded interpreter, of which ranks are forked, keeps room for their mark.
+        marks = [each for each in environ if each.startswith(b"RM_ATTEMPT_KEY=") and b"=---" not in each]
+        if marks and command:
             found[pid] = command
     return found
 

@@ -14,10 +14,11 @@ from ray.exceptions import RayError
 
 from rm.core.model import Kind
 from rm.errors import RmError
-from rm.runtime.entry import result_path
+from rm.runtime.entry import modules_path, result_path
 from rm.runtime.links import Link
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult
+from rm.runtime.preloading import Preloading
 from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
 from rm.runtime.tail import last_lines
@@ -35,8 +36,9 @@ _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 class BundleRun:
     """Made by whoever speaks of it first: a stop may come before the order."""
 
-    def __init__(self, nursery: Nursery) -> None:
+    def __init__(self, nursery: Nursery, preloading: Preloading) -> None:
         self._nursery = nursery
+        self._preloading = preloading
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._shipper: LogShipper | None = None
@@ -102,6 +104,9 @@ class BundleRun:
         try:
             if self._shipper is not None:
                 await self._shipper.finish()
+            with contextlib.suppress(FileNotFoundError):
+                imported = modules_path(workspace.result).read_text().split()
+                self._preloading.learn(workspace.processes()[0], imported)
         finally:
             await asyncio.to_thread(workspace.remove)
 
@@ -118,7 +123,11 @@ class BundleRun:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
         shipper = LogShipper(store, order, processes)
         self._launched = await Launched.start(
-            f"{order.job_id}.{order.attempt}", processes, order.grace_s, self._nursery, str(workspace.path)
+            f"{order.job_id}.{order.attempt}",
+            processes,
+            order.grace_s,
+            self._preloading.nursery(processes) or self._nursery,
+            str(workspace.path),
         )
         self._shipper = shipper
         self._started.set()

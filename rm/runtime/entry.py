@@ -23,6 +23,8 @@ import cloudpickle
 
 from rm.errors import NotPicklable, PayloadTooLarge, RequestError
 
+LARGE = ("numpy", "pandas", "scipy", "sklearn", "torch", "torchvision", "transformers")
+"""Modules that take long to import, and that a fork of the importing process may go on with."""
 RESULT_LIMIT_BYTES = 16 * 1024 * 1024
 EXCEPTION_LIMIT_BYTES = 1024 * 1024
 
@@ -30,6 +32,11 @@ EXCEPTION_LIMIT_BYTES = 1024 * 1024
 def result_path(result: Path, rank: int) -> Path:
     """Where the rank of this global number leaves its result or its error; the runner reads it there."""
     return result if rank == 0 else result.with_name(f"{result.name}.rank{rank}")
+
+
+def modules_path(result: Path) -> Path:
+    """Where rank 0 leaves which of the `LARGE` modules it has imported, as words."""
+    return result.with_name(f"{result.name}.modules")
 
 
 def load_error(error: dict[str, Any]) -> BaseException | None:
@@ -45,6 +52,14 @@ def main(payload: str, result: str) -> int:
     """Load, call, leave the result; return the exit code."""
     rank = int(os.environ.get("RANK") or 0)
     path = result_path(Path(result), rank)
+    try:
+        return _main(payload, path, rank)
+    finally:
+        if rank == 0 and (large := [name for name in LARGE if name in sys.modules]):
+            _write(modules_path(path), " ".join(large).encode())
+
+
+def _main(payload: str, path: Path, rank: int) -> int:
     try:
         function, args, kwargs = _load(Path(payload))
         value = _call(function, args, kwargs)

@@ -22,7 +22,7 @@ finds the rest.
 Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemonised grandchild then escapes
 to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
 
-JSON lines in: first {"attempt", "grace_s", "scratch", "procs": [{"rank", "argv", "env", "cwd", "stdout", "stderr"}]},
+JSON lines in: first {"attempt", "grace_s", "scratch", "procs": [a `processes.RankProcess` each]},
 then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
 JSON lines out: ready (or unborn), started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
@@ -190,6 +190,19 @@ def kill_descendants(
         pause_s = min(2 * pause_s, 0.5)
 
 
+class Entered(BaseException):
+    """Raised in a rank whose code this interpreter is to run: up through the frames of its keeper, which end here."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(arguments)
+        self.arguments = arguments
+
+
+enter: Callable[[dict[str, Any]], bool] | None = None
+"""In an interpreter that has preloaded what user code imports (`preloaded`): take on the order's environment. False
+where that can't be done, and a new interpreter has to be started."""
+
+
 class Rank:
     """One rank of the order: what to run, and how far it has come. `Keeper` alone uses it."""
 
@@ -221,7 +234,10 @@ class Rank:
         self.exec_pipe, self.running = exec_pipe, True
 
     def _become(self, keeper: int, report: int) -> NoReturn:
-        """In the child: turn into user code, or report the step at which that failed. Never returns."""
+        """In the child: turn into user code, or report the step at which that failed. Never returns.
+
+        Raises Entered where user code is to run in this very interpreter.
+        """
         step, order = "fork", self.order
         try:
             os.setsid()
@@ -241,11 +257,16 @@ class Rank:
             step = "cwd"
             os.chdir(order["cwd"])
             step = "exec"
+            if order.get("entry") and enter is not None and enter(order):
+                raise Entered(order["entry"])
             os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606 - this is what was asked for
+        except Entered:
+            raise
         except BaseException as error:
-            os.write(report, f"{step} {getattr(error, 'errno', None) or errno.EINVAL}".encode())
-        finally:
-            os._exit(127)
+            try:
+                os.write(report, f"{step} {getattr(error, 'errno', None) or errno.EINVAL}".encode())
+            finally:
+                os._exit(127)
 
     def signal_group(self, number: int) -> None:
         """Signal the rank's whole process group, also if its leader has ended."""
@@ -536,7 +557,7 @@ def nursery(runner: int) -> NoReturn:
         os.close(ends[1])
 
 
-def main() -> None:
+def main(*, as_nursery: bool) -> NoReturn:
     """Become guard and keeper, or the nursery of both."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # it was inherited closed: no later file may land on 0, 1 or 2
@@ -545,10 +566,10 @@ def main() -> None:
         runner = os.pidfd_open(os.getppid())  # tells of its death even if a fork of it holds our input open
     except (OSError, AttributeError):
         runner = -1
-    if sys.argv[1:] == ["--nursery"]:
+    if as_nursery:
         nursery(runner)
     attend(runner)
 
 
 if __name__ == "__main__":
-    main()
+    main(as_nursery=sys.argv[1:] == ["--nursery"])

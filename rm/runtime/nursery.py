@@ -10,7 +10,7 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from rm.runtime import keeper
@@ -55,19 +55,37 @@ class Talk:
 class Nursery:
     """One process, and the socket on which it is asked. Used by one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        """`command`: what to start instead of a bare nursery; `env`: its environment, ours where there is none."""
+        self._command = tuple(command)
+        self._env = env
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
 
     def start(self) -> None:
         """Start the process, unless it runs. Raises OSError where this machine can't start one more."""
-        if self._process is not None and self._process.poll() is None:
+        if self.alive:
             return
         self.close()
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-I", "-S", str(KEEPER), "--nursery"]
-            self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
+            command = self._command or (sys.executable, "-I", "-S", str(KEEPER), "--nursery")
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=self._env
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def said(self, most_bytes: int) -> bytes:
+        """What it has said unasked, if it has: a message, or nothing."""
+        if self._requests is None:
+            return b""
+        try:
+            return self._requests.recv(most_bytes, socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
 
     async def keeper(self, attempt: str) -> Talk:
         """A guard and a keeper for the attempt: what they say, and where they are told. Raises OSError."""

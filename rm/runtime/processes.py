@@ -40,6 +40,9 @@ class RankProcess:
     cwd: str
     stdout: str
     stderr: str
+    entry: tuple[str, str] | None = None
+    """The arguments of `rm.runtime.entry`, where `argv` is nothing but that: its keeper may be able to do without a new
+    interpreter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from rm.runtime import gpu_probe
 from rm.runtime.bundle_run import BundleRun
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
+from rm.runtime.preloading import Preloading
 
 log = logging.getLogger("rm.runner")
 
@@ -41,6 +42,7 @@ class Runner:
         self._listener = asyncio.Event()
         self._nursery = Nursery()
         self._nursery.start()
+        self._preloading = Preloading()
         self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
     async def seat(self) -> Seat:
@@ -98,7 +100,7 @@ class Runner:
         await self._run(key).stop(grace_s)
 
     def _run(self, key: str) -> BundleRun:
-        return self._runs.setdefault(key, BundleRun(self._nursery))
+        return self._runs.setdefault(key, BundleRun(self._nursery, self._preloading))
 
     async def _are_empty(self, order: RunOrder) -> bool:
         """Whether the GPUs' driver shows none of the attempt's processes, nor a stranger's, on our whole devices."""

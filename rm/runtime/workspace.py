@@ -96,6 +96,7 @@ class Workspace:
                 cwd=cwd,
                 stdout=str(self.log_path(order.first_rank + local, "out")),
                 stderr=str(self.log_path(order.first_rank + local, "err")),
+                entry=(str(self.payload), str(self.result)) if order.kind is Kind.FUNCTION else None,
             )
             for local in range(order.local_world)
         ]
