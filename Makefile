@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit mutations long properties-long faults wheel clean services
+.PHONY: demo test lint types layers unit mutations long properties-long faults bench wheel clean services
 
 demo: $(STAMP)
 	$(BIN)/rmctl demo
@@ -57,6 +57,11 @@ services: $(STAMP)
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y redis-server >/dev/null; } || \
 	  echo "no redis-server here: tests of a GCS that comes back are skipped (Debian: apt-get install redis-server)"
+
+# The quick ones of benchmarks/, three minutes: from one job to the next, and what a decision costs.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/handover.py --jobs 20 --burst 400
+	$(BIN)/python benchmarks/scheduler.py --only event,fill
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -43,7 +43,7 @@ def main(modules: list[str]) -> None:
     gc.collect()
     gc.freeze()  # what is shared stays shared: a collection in a fork would write to all of it
     with socket.socket(fileno=os.dup(0)) as runner, contextlib.suppress(BrokenPipeError):
-        runner.send(json.dumps(sorted({each.partition(".")[0] for each in sys.modules})).encode())
+        runner.send(json.dumps(origins()).encode())
     keeper.enter = take_on
     try:
         keeper.main(as_nursery=True)
@@ -54,6 +54,14 @@ def main(modules: list[str]) -> None:
     sys.path[:] = [*([] if sys.flags.safe_path else [str(Path.cwd())]), *path]
     sys.argv[:] = [entry.__file__]
     sys.exit(entry.main(*arguments))
+
+
+def origins() -> dict[str, str]:
+    """The files of the top-level modules that are loaded. Those without one come before all of sys.path, always."""
+    files = {
+        name: getattr(module, "__file__", None) for name, module in sys.modules.items() if "." not in name
+    }
+    return {name: file for name, file in files.items() if file}
 
 
 def take_on(order: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rm.runtime.entry import LARGE
@@ -22,7 +22,7 @@ from rm.runtime.processes import RankProcess
 
 IDLE_S = 60.0
 """After this long without a function the preloaded interpreter goes: it holds some hundred MiB."""
-NAMES_BYTES = 1 << 18
+ORIGINS_BYTES = 1 << 18
 OWN = frozenset(
     {
         "RANK",
@@ -47,19 +47,19 @@ class Preloading:
         self._nursery: Nursery | None = None
         self._env: dict[str, str] = {}
         self._modules: tuple[str, ...] = ()
-        self._names: frozenset[str] = frozenset()
-        """The top-level modules that it has; empty until it has told."""
+        self._origins: dict[str, str] = {}
+        """The top-level modules that it has, with their files; empty until it has told."""
         self._expiry: asyncio.TimerHandle | None = None
 
     def nursery(self, processes: Sequence[RankProcess]) -> Nursery | None:
         """The nursery that these ranks may come from, if there is one."""
         if self._nursery is None or not self._nursery.alive:
             return None
-        if not self._names:
-            said = self._nursery.said(NAMES_BYTES)
-            self._names = frozenset(json.loads(said)) if said else frozenset()
-        fits = self._names and all(each.entry and _shared(each.env) == self._env for each in processes)
-        if not fits or shadowed(self._names, processes[0].cwd):
+        if not self._origins:
+            said = self._nursery.said(ORIGINS_BYTES)
+            self._origins = json.loads(said) if said else {}
+        fits = self._origins and all(each.entry and _shared(each.env) == self._env for each in processes)
+        if not fits or shadowed(self._origins, processes[0].cwd):
             return None
         self._postpone()
         return self._nursery
@@ -83,7 +83,7 @@ class Preloading:
             self._expiry.cancel()
         if self._nursery is not None:
             self._nursery.close()
-        self._nursery, self._names, self._expiry = None, frozenset(), None
+        self._nursery, self._origins, self._expiry = None, {}, None
 
     def _postpone(self) -> None:
         if self._expiry is not None:
@@ -95,9 +95,11 @@ def _shared(env: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name not in OWN}
 
 
-def shadowed(names: Collection[str], directory: str) -> bool:
-    """Whether the directory, which comes first on the path, has a module of one of these names."""
+def shadowed(origins: Mapping[str, str], directory: str) -> bool:
+    """Whether the directory, which comes first on the path, has another module of a name that is loaded already."""
     try:
-        return any(Path(name).stem in names for name in os.listdir(directory))  # noqa: PTH208 - names are enough
+        found = os.listdir(directory)  # noqa: PTH208 - names are enough
     except OSError:
         return True
+    ours = [(name, origins[stem]) for name in found if (stem := name.partition(".")[0]) in origins]
+    return any(not Path(origin).is_relative_to(Path(directory, name)) for name, origin in ours)

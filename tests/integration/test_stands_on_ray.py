@@ -71,6 +71,29 @@ def test_a_runner_that_died_while_it_was_warm_costs_the_next_job_nothing(client)
     assert ended(third).infra_failures == 0
 
 
+def imported() -> tuple[bool, str]:
+    import sys
+
+    already = "numpy" in sys.modules
+    import numpy
+
+    print(f"numpy {numpy.__version__}")
+    return already, os.environ["RM_JOB_ID"]
+
+
+def test_a_function_finds_imported_what_the_last_one_imported(client) -> None:
+    def preloaded() -> bool:
+        job = client.submit(imported, **HERE)
+        already, told = job.result(60)
+        assert told == job.id
+        assert job.logs().startswith("numpy ")
+        assert job.view().attempts == 1
+        return already
+
+    assert not preloaded(), "nobody has imported it there"
+    wait_until(preloaded, 40, "an interpreter has it, and the functions come from there")
+
+
 def test_a_restarted_allocator_finds_the_job_that_took_over(client) -> None:
     first = client.submit("sleep 0.2", **HERE)
     second = client.submit("sleep 3", **HERE, after=[first.id])

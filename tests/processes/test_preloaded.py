@@ -206,7 +206,12 @@ def test_a_module_that_can_not_be_imported_is_left_to_the_function(attempt: Any)
 def test_shadowing(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "train.py").touch()
-    assert shadowed({"torch"}, str(tmp_path))
-    assert shadowed({"train"}, str(tmp_path))
-    assert not shadowed({"numpy"}, str(tmp_path))
-    assert shadowed({"numpy"}, str(tmp_path / "nowhere")), "nothing is known of it"
+    (tmp_path / "fast.cpython-311-x86_64-linux-gnu.so").touch()
+    elsewhere = "/usr/lib/python3/{}"
+    assert shadowed({"torch": elsewhere.format("torch/__init__.py")}, str(tmp_path))
+    assert shadowed({"train": elsewhere.format("train.py")}, str(tmp_path))
+    assert shadowed({"fast": elsewhere.format("fast.so")}, str(tmp_path))
+    assert not shadowed({"numpy": elsewhere.format("numpy/__init__.py")}, str(tmp_path))
+    own = {"torch": f"{tmp_path}/torch/__init__.py", "train": f"{tmp_path}/train.py"}
+    assert not shadowed(own, str(tmp_path)), "that is where it was loaded from"
+    assert shadowed({"numpy": "x"}, str(tmp_path / "nowhere")), "nothing is known of it"
