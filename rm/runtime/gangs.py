@@ -450,7 +450,6 @@ class _GangRun:
         outcome = _outcome(results, seats, orders)
         self._clean = all(each.clean for each in results)
         self._free_seats = [replace(seat, port=each.port) for seat, each in zip(seats, results, strict=True)]
-        gangs.has_ended(effect.job_id, self._attempt, self._handles, [each.key for each in orders])
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
     def keep_stand(self) -> bool:
@@ -528,6 +527,8 @@ class _GangRun:
                 failed = any(each.exception() is not None or not each.result().ok for each in done)
                 if failed and pending:
                     self._stop.ask(self._effect.grace_s)
+            # Also where one was lost: the others may be sending their logs yet, and have their files to remove.
+            self._gangs.has_ended(self._effect.job_id, self._attempt, self._handles, keys)
             results = [each.result() for each in runs]
             if all(each.began for each in results):
                 self._post_started(seats)
