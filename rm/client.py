@@ -209,12 +209,13 @@ class Client:
         count: int = self._allocator("cancel_all", whose, self.owner, timeout_s=600)
         return count
 
-    def nodes(self, *, gone: bool = False) -> list[NodeView]:
+    def nodes(self, *, gone: bool = False, booting: bool = False) -> list[NodeView]:
         """The cluster's nodes: what is charged to jobs, held by other work, and free.
 
         `gone`: also nodes that left the cluster and are cordoned. Their `status` is "gone".
+        `booting`: also nodes that an autoscaler has launched and that are not there yet. Their `status` is "booting".
         """
-        return NodeList(self._allocator("nodes", gone=gone))
+        return NodeList(self._allocator("nodes", gone=gone, booting=booting))
 
     def scale(self) -> dict[str, Any]:
         """What is asked of the Ray autoscaler: `types` by name, and `asks` with the jobs that they are for."""

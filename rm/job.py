@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import cloudpickle
@@ -21,6 +22,8 @@ WAIT_SLICE_S = 20.0
 EARLY_S = 0.5
 """An answer without news that comes so much before its time was not waited for."""
 PAUSE_S = 1.0, 3.0
+MOST_NAMED = 3
+"""Nodes whose names stand in an estimate."""
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"})
 
 
@@ -35,6 +38,11 @@ class Why(dict[str, Any]):
     __repr__ = __str__
 
     @property
+    def estimated(self) -> bool:
+        """Whether there is an estimate of its start."""
+        return (self.get("start") or {}).get("p50_s") is not None
+
+    @property
     def start(self) -> str:
         """When it will start, in words; empty where it does not wait for GPUs."""
         forecast = self.get("start")
@@ -45,7 +53,31 @@ class Why(dict[str, Any]):
             return f"no estimate of its start: {forecast['basis']}"
         late = "later than can be told" if p90_s is None else f"{about(p90_s)} in the worst of ten cases"
         on_type = f" on {forecast['gpu_type']}" if forecast.get("gpu_type") else ""
-        return f"it will start{on_type} in {about(p50_s)}, {late} (estimated)"
+        nodes, new, price = (forecast.get(name) for name in ("nodes", "new_nodes", "price"))
+        wait_s = forecast.get("wait_s")
+        wait = (
+            f"; without it in about {about(wait_s)}{_on(forecast['wait_nodes'])}"
+            if wait_s is not None
+            else ""
+        )
+        where = _on(nodes or (), new or (), price)
+        return f"it will start{on_type} in about {about(p50_s)}{where}, {late}{wait} (estimated)"
+
+
+def _on(nodes: Sequence[str], new: Sequence[str] = (), price: float | None = None) -> str:
+    """ " on a100-1 and a new g5.12xlarge (5.67 an hour)"; of many nodes the first and how many more."""
+    words = (
+        list(nodes) if len(nodes) <= MOST_NAMED else [*nodes[:MOST_NAMED], f"{len(nodes) - MOST_NAMED} more"]
+    )
+    words += [
+        f"a new {name}" if count == 1 else f"{count} new {name}"
+        for name, count in sorted(Counter(new).items())
+    ]
+    if new and price is not None:
+        words[-1] += f" ({price:.4g} an hour)"
+    if not words:
+        return ""
+    return f" on {', '.join(words[:-1])} and {words[-1]}" if words[1:] else f" on {words[0]}"
 
 
 def about(seconds: float) -> str:

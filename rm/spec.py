@@ -26,7 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rm.core.model import Gang, Job, Kind, NodeShape, Strategy
 from rm.core.resources import GPU_UNIT, gpu_units
-from rm.core.shapes import Request, resolve
+from rm.core.shapes import Request, as_asked, resolve
 from rm.errors import InvalidSpec
 from rm.rights import is_name
 
@@ -169,6 +169,16 @@ class Resources(BaseModel):
         assert request.nodes is not None
         least = resolve(replace(request, nodes=self.min_nodes), shapes)
         return replace(least, count=request.nodes, least=self.min_nodes)
+
+    def gang_as_asked(self) -> Gang:
+        """The gang where it is not known what the cluster has or can launch."""
+        gang = as_asked(self.request())
+        return gang if self.min_nodes in (None, gang.count) else replace(gang, least=self.min_nodes)
+
+    @property
+    def to_be_cut(self) -> bool:
+        """Whether the nodes decide how many bundles it is."""
+        return self.nodes is None and self.num_gpus is not None and self.num_gpus > 1
 
 
 class JobSpec(BaseModel):

@@ -190,7 +190,7 @@ def _failed_launch(failed: Mapping[str, Any], now: float) -> str:
 def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     """One row per node: GPUs in all, a bar, what rm's jobs, other work and nobody has of them.
 
-    STATUS is left out where all are ready.
+    STATUS is left out where all are ready and none is idle.
     """
     rows = [
         (
@@ -210,13 +210,16 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
     ]
     numbers = {"GPUS", "RM", "OTHERS", "FREE", "CPUS", "MEMORY"}
     names = ("NODE", "TYPE", "GPUS", "", "RM", "OTHERS", "FREE", "CPUS", "MEMORY", "JOBS", "STATUS")
-    shown = len(names) - all(view.cordon is None and not view.quarantined_gpus for view in views)
+    shown = len(names) - all(node_status(view) == "ready" for view in views)
     return grid(names[:shown], [row[:shown] for row in rows], numbers)
 
 
 def node_status(view: NodeView) -> str:
-    """ "ready", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud", and what is in quarantine there."""
-    status = _cordon_status(view)
+    """ "ready", "idle since 2026-03-01 14:05:09", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud".
+
+    And what is in quarantine there.
+    """
+    status = _own_status(view)
     if not view.quarantined_gpus:
         return status
     on = ", ".join(stray(each) for each in view.strays[:STRAYS_NAMED])
@@ -230,9 +233,11 @@ def stray(told: Mapping[str, Any]) -> str:
     return f"GPU {told['gpu']} is used by pid {told['pid']} ({told['name']}){whose}, {told['memory_bytes'] >> 20} MiB"
 
 
-def _cordon_status(view: NodeView) -> str:
+def _own_status(view: NodeView) -> str:
+    if view.booting_since is not None:
+        return f"{view.status} since {moment(view.booting_since)}"
     if view.cordon is None:
-        return view.status
+        return view.status if view.idle_since is None else f"idle since {moment(view.idle_since)}"
     said = view.cordon
     deadline = said["deadline"] if view.status == "draining" else None
     until = "" if deadline is None else f" until {moment(deadline)}"
@@ -279,19 +284,15 @@ def by_kind(amounts: dict[str, float]) -> str:
 
 
 def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
-    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free, or idle and given to nobody."""
+    """A cell per GPU, up to BAR_CELLS: held by rm's jobs, held by other work, free, or not to be had."""
     cells = min(view.gpus, BAR_CELLS)
     ours = round(view.charged_gpus / view.gpus * cells) if view.gpus else 0
     others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
     full, foreign, free, closed = "#x.-" if ascii_only else "█▒░╌"
     rest = cells - ours - others
-    kept = (
-        rest
-        if view.cordon
-        else min(rest, round(view.quarantined_gpus / view.gpus * cells))
-        if view.gpus
-        else 0
-    )
+    kept = rest
+    if view.status == "ready":
+        kept = min(rest, round(view.quarantined_gpus / view.gpus * cells)) if view.gpus else 0
     return Text.assemble(
         (full * ours, "blue"),
         (foreign * others, "magenta"),
@@ -334,10 +335,9 @@ def sentence(view: EventView) -> str:
     body = view.body
     match view.kind:
         case "JobSubmitted":
-            gang = body.get("gang") or {}
-            units = (gang.get("bundle") or {}).get("gpu_units", 0)
-            count = f"{gang['count']} × " if gang.get("count", 1) > 1 else ""
-            return f"{body.get('name')} by {body.get('owner')}: {count}{units / 10_000:g} GPU"
+            return f"{body.get('name')} by {body.get('owner')}: {_gang(body)}"
+        case "GangCut":
+            return f"the node types are known: {_gang(body)}"
         case "AvailabilityChecked":
             return reason(body.get("reason")) or "fits"
         case "JobAdmitted":
@@ -401,6 +401,14 @@ def audited(view: AuditView) -> str:
         return f"{sides} agree: {compared}"
     left = sum(not each.repaired for each in view.findings)
     return f"{sides} differed in {len(view.findings)}, {left} of them not repaired: {compared}"
+
+
+def _gang(body: dict[str, Any]) -> str:
+    """ "2 × 4 GPU"."""
+    gang = body.get("gang") or {}
+    units = (gang.get("bundle") or {}).get("gpu_units", 0)
+    count = f"{gang['count']} × " if gang.get("count", 1) > 1 else ""
+    return f"{count}{units / 10_000:g} GPU"
 
 
 def _cordon_sentence(kind: str, body: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from rm.core.events import (
 from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy, Stray
 from rm.core.policy import Policy
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, gpu_units
-from rm.core.scaleup import decide
+from rm.core.scaleup import cuts, decide
 from rm.core.state import ClusterState
 from rm.errors import InternalError
 
@@ -146,6 +146,8 @@ class FakeCluster:
             effects += self._apply(event)
         for due in self.state.due(self.now):
             effects += self._apply(due)
+        for cut in cuts(self.state, self.now):
+            effects += self._apply(cut)
         decisions = decide(self.state, self.now).events
         for decision in decisions:
             effects += self._apply(decision)

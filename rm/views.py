@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from rm.core.launches import Coming
 from rm.core.model import Cordon, Job, Node, Status, Stray
 from rm.core.policy import ANY, Policy, QueuePolicy
 from rm.core.quota import QuotaTree
@@ -92,9 +93,11 @@ class NodeView:
     `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
     next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.
 
-    `status`: "ready", "cordoned", "draining", "drained" or "gone". Where it is not ready nothing is free, and `cordon`
-    says why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None). A node that is "gone" is not in the
-    cluster: what is left of it is its cordon, with `gone_at` (None: not known).
+    `status`: "ready", "cordoned", "draining", "drained", "gone" or "booting". Where it isn't ready nothing is free, and
+    `cordon` says why: `by`, `reason`, `at` (since when), `deadline` (of a drain, or None). A node that is "gone" is not
+    in the cluster: what is left of it is its cordon, with `gone_at` (None: not known). One that is "booting" is not
+    there yet: it has no id, its name is its node type, `jobs` are those that wait for it, and `booting_since` is when
+    it was asked for, or first seen to boot.
     """
 
     id: str
@@ -114,6 +117,9 @@ class NodeView:
     warm: dict[str, float] = field(default_factory=dict)
     quarantined_gpus: float = 0.0
     strays: tuple[dict[str, Any], ...] = ()
+    idle_since: float | None = None
+    """Since when nobody has held a GPU here, as far as this allocator saw it; None where somebody does."""
+    booting_since: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -307,6 +313,7 @@ def node_view(
     jobs: tuple[str, ...],
     cordon: Cordon | None = None,
     idle: Mapping[str, int] = NOTHING_IDLE,
+    idle_since: float | None = None,
     strays: tuple[Stray, ...] = (),
 ) -> NodeView:
     """`jobs`: what is charged there, whether it starts, runs or ends. `idle`: groups without an attempt, in units."""
@@ -334,6 +341,7 @@ def node_view(
         warm={name: gpu_count(units) for name, units in idle.items()},
         quarantined_gpus=gpu_count(quarantined),
         strays=tuple(asdict(each) for each in strays),
+        idle_since=idle_since if node.gpu_slots else None,
     )
 
 
@@ -352,6 +360,26 @@ def gone_node_view(cordon: Cordon) -> NodeView:
         jobs=(),
         status="gone",
         cordon={**_why_cordoned(cordon), "gone_at": cordon.gone_at},
+    )
+
+
+def booting_node_view(coming: Coming) -> NodeView:
+    """A node that is on its way."""
+    shape = coming.shape
+    return NodeView(
+        id="",
+        name=shape.name,
+        gpu_type=shape.gpu_type,
+        gpus=shape.gpu_slots,
+        charged_gpus=0.0,
+        foreign_gpus=0.0,
+        free_gpus=0.0,
+        cpus=shape.cpu_milli / 1000,
+        memory_bytes=shape.memory_bytes,
+        jobs=coming.jobs,
+        labels=dict(shape.labels),
+        status="booting",
+        booting_since=coming.since,
     )
 
 

@@ -1,4 +1,4 @@
-"""The node provider of `autoscaling_ray.py`: Ray's own fake one, with types that can't be launched."""
+"""The node provider of `autoscaling_ray.py`: Ray's own fake one, with types that can't be launched or come smaller."""
 
 from __future__ import annotations
 
@@ -13,4 +13,5 @@ class Provider(FakeMultiNodeProvider):  # type: ignore[misc]
     ) -> None:
         if node_config.get("fails"):
             raise RuntimeError(node_config["fails"])
+        resources = {**resources, **node_config.get("comes_with", {})}
         super().create_node_with_resources_and_labels(node_config, tags, count, resources, labels)

@@ -3,7 +3,8 @@
     python autoscaling_ray.py DIRECTORY '{"types": {…}, "idle_minutes": 0.1}'
 
 Prints the address of the GCS when the head is up, and ends everything when its stdin is closed. A node type whose
-`node_config` has `fails: TEXT` can't be launched: the provider raises that.
+`node_config` has `fails: TEXT` can't be launched: the provider raises that. With `comes_with: {GPU: 1}` its nodes have
+that instead of what it declares.
 """
 
 from __future__ import annotations

@@ -23,8 +23,11 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
 def nodes(ctx: typer.Context, as_json: AsJson = False) -> int:
-    """Each node's GPUs: held by jobs of rm, by other work, free. Last, cordoned nodes that are gone."""
-    views = connect(ctx).nodes(gone=True)
+    """Each node's GPUs: held by jobs of rm, by other work, free.
+
+    Then nodes that boot, with the jobs that wait for them; last, cordoned nodes that are gone.
+    """
+    views = connect(ctx).nodes(gone=True, booting=True)
     if as_json:
         show_json([view.to_dict() for view in views])
     elif views:

@@ -101,7 +101,8 @@ def show_job(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
     if as_json:
         show_json({**view.to_dict(), "events": [each.to_dict() for each in events]})
         return 0
-    show(tables.facts_table(_facts(view)))
+    why = job.why() if view.status == "QUEUED" else None
+    show(tables.facts_table(_facts(view, why.start if why is not None and why.estimated else "")))
     tail = (view.outcome or {}).get("tail") or ()
     if tail and view.status != "SUCCEEDED":
         show("", Text("Its last lines", style="bold"))
@@ -110,7 +111,7 @@ def show_job(ctx: typer.Context, job_id: JobId, as_json: AsJson = False) -> int:
     return 0
 
 
-def _facts(view: JobView) -> Iterable[tuple[str, object]]:
+def _facts(view: JobView, start: str) -> Iterable[tuple[str, object]]:
     waits = (view.reason or {}) if view.status == "QUEUED" else {}
     yield "job", f"{view.id} {view.name}"
     yield "status", tables.status(view.status)
@@ -135,6 +136,7 @@ def _facts(view: JobView) -> Iterable[tuple[str, object]]:
     yield "progress", tables.progress(view)
     yield "waits", tables.reason(waits)
     yield "advice", waits.get("advice")
+    yield "start", start
     yield "outcome", (view.outcome or {}).get("message")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -15,7 +16,7 @@ import typer
 
 from rm.cli.screen import note, show_json
 from rm.cli.session import connect
-from rm.errors import InvalidSpec
+from rm.errors import InvalidSpec, RmError
 
 Said = str | None
 Many = list[str] | None
@@ -134,6 +135,9 @@ def submit(
         return 0
     print(job.id, flush=True)
     if sys.stderr.isatty():
+        with contextlib.suppress(RmError):  # it is accepted, whatever becomes of the estimate
+            if (why := job.why()).estimated:
+                note(f"{job.id}: {why.start}")
         note(f"follow it with: rmctl logs -f {job.id}")
     return 0
 

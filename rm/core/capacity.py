@@ -3,7 +3,8 @@
 Nodes with as many GPUs and the same labels form a *class*: few even on a large cluster, and a request matches
 a class or does not (CPUs and memory differ from node to node and are looked at one by one). Inside a class nodes
 lie in buckets by how many whole devices are free, and devices that are partly used by how much of them is. So the
-fullest node that still fits is found without looking at the others. Every change of a node goes through `_put`,
+fullest node that still fits is found without looking at the others. In a bucket those come last that an autoscaler
+takes away when they are idle. Every change of a node goes through `_put`,
 which keeps the index, the totals and, inside a trial, the way back.
 """
 
@@ -20,6 +21,8 @@ from rm.core.resources import GPU_UNIT, Amount, Bundle, Devices
 
 MEMORY_STEP = 2**28
 """Shapes count memory in steps: machines of one type differ by a few bytes."""
+RETURNABLE = 1 << 40
+"""From here on are the numbers of the nodes that an autoscaler takes away when they are idle."""
 _OWN_LABELS = frozenset({"ray.io/node-id"})
 
 
@@ -68,6 +71,16 @@ class NodeClass:
     def copies(self, gpus: int) -> int:
         """How many bundles of `gpus` whole devices fit on the class at once."""
         return sum(len(nodes) * (free // gpus) for free, nodes in enumerate(self.whole) if free >= gpus)
+
+    def staying(self, free: int) -> int:
+        """How many of the first nodes in `whole[free]` stay whatever is placed there. There must be some.
+
+        Nobody takes them away, or somebody has GPUs there already.
+        """
+        nodes = self.whole[free]
+        if free < self.key.gpu_slots or nodes[-1] < RETURNABLE:
+            return len(nodes)
+        return bisect_left(nodes, RETURNABLE)
 
 
 def matches(gang: Gang, labels: Iterable[tuple[str, str]]) -> bool:
@@ -189,9 +202,7 @@ class Capacity:
         """Add a node, or replace the one of its id."""
         if node.id in self._nodes:
             self.leave(node.id)
-        number = self._numbers[node.id] = self._next
-        self._next += 1
-        self._ids[number] = node.id
+        number = self._number(node)
         key = _class_key(node)
         group = self.classes.get(key)
         if group is None:
@@ -204,6 +215,21 @@ class Capacity:
         self._nodes[node.id] = node
         self._total += node.gpu_slots * GPU_UNIT
         self._index(node, number, group, +1)
+
+    def _number(self, node: Node) -> int:
+        number = self._numbers[node.id] = self._next + (RETURNABLE if node.returnable else 0)
+        self._next += 1
+        self._ids[number] = node.id
+        return number
+
+    def mark_returnable(self, node_id: str, returnable: bool) -> None:
+        """Note of a node that is there whether an autoscaler takes it away when it is idle. Not inside a trial."""
+        old, group = self._nodes[node_id], self._class_of[node_id]
+        number = self._numbers[node_id]
+        self._index(old, number, group, -1)
+        del self._ids[number]
+        new = self._nodes[node_id] = replace(old, returnable=returnable)
+        self._index(new, self._number(new), group, +1)
 
     def leave(self, node_id: str) -> Node | None:
         node = self._nodes.pop(node_id, None)
@@ -354,6 +380,7 @@ def charged(node: Node, bundle: Bundle, slots: tuple[int, ...], sign: int) -> No
         node.foreign_memory_bytes,
         node.cordoned,
         node.quarantined_units,
+        node.returnable,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rm.core.model import Job, NodeShape, Outcome, PlacedBundle, StopCause, Stray
+from rm.core.model import Gang, Job, NodeShape, Outcome, PlacedBundle, StopCause, Stray
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
 
@@ -248,24 +248,42 @@ class ForeignUseObserved:
 class NodeTypesObserved:
     """The node types that the autoscaler may launch, each with its `most`. Empty where no autoscaler runs.
 
-    `most_in_all`: of all types together; None where only the types have bounds.
+    `most_in_all`: of all types together; None where only the types have bounds. `awaited`: an autoscaler runs, or may
+    run, whose node types could not be read yet: what no node could hold may still be possible.
     """
 
     durable: ClassVar[bool] = False
     at: float
     shapes: tuple[NodeShape, ...]
     most_in_all: int | None = None
+    awaited: bool = False
     job_id: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
+class GangCut:
+    """A job that was submitted before the node types were known gets the bundles that it would have got since."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    job_id: str
+    gang: Gang
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchesObserved:
-    """How many nodes of each type are up, and how many are on their way: asked for, launched, booting."""
+    """How many nodes of each type are up, and how many are on their way: asked for, launched, booting.
+
+    `short`: types of which nodes are up with fewer GPUs than the type declares: how many, and the fewest GPUs of one.
+    `returnable`: the nodes that the autoscaler takes away again when they are idle, by id.
+    """
 
     durable: ClassVar[bool] = False
     at: float
     up: tuple[tuple[str, int], ...]
     booting: tuple[tuple[str, int], ...]
+    short: tuple[tuple[str, int, int], ...] = ()
+    returnable: tuple[str, ...] = ()
     job_id: ClassVar[None] = None
 
 
@@ -302,6 +320,7 @@ Event = (
     | GpusQuarantined
     | ForeignUseObserved
     | NodeTypesObserved
+    | GangCut
     | LaunchesObserved
     | LaunchFailed
 )

@@ -111,6 +111,13 @@ def _must_not_start(cycle: Cycle, job: Job) -> Reason | None:
 
 def _cannot_ever(cycle: Cycle, job: Job) -> Reason | None:
     state, gang = cycle.state, cycle.wanted(job)
+    if state.launches.awaited and not (len(state.capacity) and cycle.feasible(job)):
+        return Reason(
+            reasons.NOT_EVALUATED,
+            f"needs {job.gang}; no node that is up could hold it, and what can be launched is not known yet",
+            {"needs": str(job.gang), "node_types": "awaited"},
+            "the autoscaler's node types are read as soon as they can be; `rmctl scale` lists them then",
+        )
     if not len(state.capacity):
         return Reason(reasons.NOT_EVALUATED, "no node was seen yet; it is looked at when one joins")
     if cycle.feasible(job):

@@ -2,8 +2,9 @@
 
 A node type may have `NodeShape.most` nodes at a time. Of these some are up and some are booting, as the runtime
 observes; the rest can be launched, unless the type is in a pause: its last launch failed, or no node of it joined for
-longer than the policy's `boot_timeout_s` although one was wanted. A pause doubles with each failure in a row and ends
-with the first node of the type that joins. Until then jobs are given their next acceptable type (`scaleup`).
+longer than the policy's `boot_timeout_s` although one was wanted, or one joined with fewer GPUs than the type declares.
+A pause doubles with each failure in a row and ends with the first whole node of the type that joins. Until then jobs
+are given their next acceptable type (`scaleup`).
 
 All of it is a cache of what can be observed again: after a restart nothing is in a pause, and what is wanted is worked
 out anew.
@@ -11,7 +12,7 @@ out anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rm.core.model import NodeShape
@@ -76,11 +77,28 @@ class LaunchFailure:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A node that is not there yet. `since`: when it was asked for, or first seen to boot.
+
+    `jobs`: those who wait for it, by what is wanted; nobody where it comes anyway.
+    """
+
+    shape: NodeShape
+    since: float
+    booting: bool
+    jobs: tuple[str, ...] = ()
+
+
 class Launches:
     """The node types and their launches. `ClusterState` changes it by events; `scaleup` says what is wanted."""
 
     def __init__(self) -> None:
         self.types: dict[str, NodeShape] = {}
+        self.awaited = False
+        """Whether an autoscaler may run whose node types are not known yet."""
+        self.returnable: frozenset[str] = frozenset()
+        """The nodes that the autoscaler takes away again when they are idle."""
         self.up: Mapping[str, int] = {}
         self.booting: Mapping[str, int] = {}
         self.most_in_all: int | None = None
@@ -92,6 +110,12 @@ class Launches:
         self._asked: dict[str, float] = {}
         """Since when a node of the type has been wanted without one joining."""
         self._boots: dict[str, list[float]] = {}
+        self._booting_since: dict[str, tuple[float, ...]] = {}
+        """By type, since when each node that boots has been asked for or seen to boot, the oldest first."""
+        self.short: tuple[tuple[str, int, int], ...] = ()
+        """The types of which nodes are up with fewer GPUs than declared: how many, and the fewest GPUs of one."""
+        self._came_short: dict[str, int] = {}
+        """By type, the GPUs of a node that came so and that nobody has told of yet."""
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -126,11 +150,47 @@ class Launches:
         known = self._boots.get(name)
         return sorted(known)[len(known) // 2] if known else policy.boot_s
 
-    def asked_since(self, name: str) -> float | None:
-        return self._asked.get(name)
+    def joins_at(self, coming: Coming, policy: Policy, now: float, *, median: bool) -> float:
+        """When the node will be there: by the median of what boots of its type take, or by the longest of ten.
 
-    def overdue(self, policy: Policy, now: float) -> Iterator[tuple[str, str]]:
-        """The types that have let those who wait for them wait for too long, and in which words."""
+        It takes no less than it has taken already. Who takes longer than any boot before has until it counts as failed;
+        so it is with the longest where no boot of the type has been seen.
+        """
+        known = self._boots.get(coming.shape.name) or ([policy.boot_s] if median else [])
+        left = sorted(each for each in known if coming.since + each > now)
+        if not left:
+            return max(now, coming.since + policy.boot_timeout_s)
+        return coming.since + left[len(left) // 2 if median else len(left) * 9 // 10]
+
+    def on_their_way(self, now: float) -> list[Coming]:
+        """The nodes that boot or are asked for, but for types in a pause; those that are wanted first come first."""
+        for_whom: dict[str, list[tuple[str, ...]]] = {}
+        for ask in self.wanted.asks:
+            for name in ask.node_types:
+                jobs = tuple(each for each in ask.jobs if name in self.wanted.wants[each].node_types)
+                for_whom.setdefault(name, []).append(jobs)
+        found = []
+        for name, shape in self.types.items():
+            booting, wanted = self._booting_since.get(name, ()), for_whom.get(name, [])
+            if self.paused(name, now):
+                continue
+            for number in range(max(len(booting), len(wanted))):
+                boots = number < len(booting)
+                since = booting[number] if boots else self._asked.get(name, now)
+                jobs = wanted[number] if number < len(wanted) else ()
+                found.append(Coming(shape, since, boots, jobs))
+        return found
+
+    def failing(self, policy: Policy, now: float) -> Iterator[tuple[str, str]]:
+        """The types that have let those who wait for them down, and in which words.
+
+        No node of them joined for too long, or one that is smaller than they declare.
+        """
+        for name, gpus in self._came_short.items():
+            yield (
+                name,
+                f"a node of it came with {gpus} GPUs, and the type declares {self.types[name].gpu_slots}",
+            )
         for name, since in self._asked.items():
             if since + policy.boot_timeout_s <= now and not self.paused(name, now):
                 booting = self.booting.get(name, 0)
@@ -145,31 +205,59 @@ class Launches:
 
     # --- changing ------------------------------------------------------------------------------------------
 
-    def observe_types(self, shapes: Iterable[NodeShape], most_in_all: int | None) -> None:
+    def observe_types(
+        self, shapes: Iterable[NodeShape], most_in_all: int | None, *, awaited: bool = False
+    ) -> None:
+        self.awaited = awaited
         self.types = {shape.name or f"type {number}": shape for number, shape in enumerate(shapes, 1)}
         self.types = {name: replace(shape, name=name) for name, shape in self.types.items()}
+        self._came_short = {name: gpus for name, gpus in self._came_short.items() if name in self.types}
         self.most_in_all = most_in_all
         self.version += 1
 
-    def observe(self, up: Mapping[str, int], booting: Mapping[str, int], now: float) -> None:
-        """What is there of each type. A node that joined ends the type's pause, and tells how long a boot takes."""
+    def observe(
+        self,
+        up: Mapping[str, int],
+        booting: Mapping[str, int],
+        now: float,
+        *,
+        short: tuple[tuple[str, int, int], ...] = (),
+        returnable: Collection[str] = (),
+    ) -> None:
+        """What is there of each type. A node that joined ends the type's pause, and tells how long a boot takes.
+
+        Not so one with fewer GPUs than its type declares: whoever needs a whole one would ask for the next for ever.
+        """
+        before = {name: count for name, count, _ in self.short}
+        came_short = {name: gpus for name, count, gpus in short if count > before.get(name, 0)}
         for name in up:
             if up[name] > self.up.get(name, 0):
-                self.failures.pop(name, None)
-                since = self._asked.pop(name, None)
-                if since is not None:
-                    self._boots.setdefault(name, []).append(now - since)
-                    del self._boots[name][:-BOOTS_KEPT]
+                # Whoever waited for it may have it by now, and nothing is asked for any longer.
+                asked = self._asked.pop(name, None)
+                began = self._booting_since.get(name) or (() if asked is None else (asked,))
+                boots = [now - since for since in began[: up[name] - self.up.get(name, 0)]]
+                self._boots[name] = [*self._boots.get(name, ()), *boots][-BOOTS_KEPT:]
+                if name in came_short and name in self.types:
+                    self._came_short[name] = came_short[name]
+                else:
+                    self.failures.pop(name, None)
+        self.short, self.returnable = short, frozenset(returnable)
+        self._booting_since = {
+            name: _as_many(self._booting_since.get(name), count, now, self._asked.get(name, now))
+            for name, count in booting.items()
+            if count
+        }
         self.up, self.booting = dict(up), dict(booting)
         self.version += 1
 
     def fail(self, name: str, message: str, now: float) -> None:
-        """A launch of the type failed, or took too long."""
+        """A launch of the type failed, or took too long, or brought less than the type declares."""
         before = self.failures.get(name)
         in_a_row = 1 if before is None else before.in_a_row + (now >= before.until)
         pause_s = min(PAUSE_MOST_S, PAUSE_S * 2 ** (in_a_row - 1))
         self.failures[name] = LaunchFailure(now, message, in_a_row, now + pause_s)
         self._asked.pop(name, None)
+        self._came_short.pop(name, None)
         self.version += 1
 
     def want(self, wanted: Wanted, now: float) -> None:
@@ -177,3 +265,10 @@ class Launches:
         self.wanted = wanted
         counts = wanted.nodes()
         self._asked = {name: self._asked.get(name, now) for name in counts}
+
+
+def _as_many(before: tuple[float, ...] | None, count: int, now: float, asked: float) -> tuple[float, ...]:
+    """The moments of so many nodes. The first began when they were asked for, more begin now; the oldest come first."""
+    if before is None:
+        return (asked,) * count
+    return before[max(0, len(before) - count) :] + (now,) * (count - len(before))

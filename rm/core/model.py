@@ -131,6 +131,8 @@ class Node:
     """Nothing new is placed here."""
     quarantined_units: int = 0
     """How many of `foreign_units` are kept from everybody because strays are on them."""
+    returnable: bool = False
+    """An autoscaler takes it away when it is idle."""
 
     @property
     def gpu_type(self) -> str | None:
@@ -295,6 +297,8 @@ class Job:
     """Jobs that must still succeed before it may start."""
     held: bool = False
     held_by: str = ""
+    uncut: bool = False
+    """How many nodes its GPUs are to be on is not settled: it was submitted before the node types were known."""
     array: str = ""
     """The id under which the jobs of an array were submitted together; `array_index` is its place there."""
     array_index: int | None = None

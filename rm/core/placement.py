@@ -1,6 +1,7 @@
 """Where a gang goes: best fit, whole or not at all.
 
-Best fit keeps whole nodes whole, so that big gangs find room and idle nodes can go away. `place` is the only
+Best fit keeps whole nodes whole, so that big gangs find room and idle nodes can go away; of nodes that fit as well,
+those that would go away if they stayed empty come last. `place` is the only
 fit function: the cycle plans with it, `feasible` asks it about empty nodes. It reads the index of
 `capacity.Capacity`, so that a bundle costs a look at a few buckets and not at every node.
 """
@@ -123,12 +124,15 @@ def _fullest(
         copies = free // gpus
         if best is not None and best[1] >= copies and (best[1] > copies or not plain):
             break
+        found: tuple[Node, int] | None = None
         for node in _bucket(free, capacity, classes, used):
             fits = copies if plain else capacity.copies_on(node, bundle)
-            if fits and (best is None or fits >= best[1]):
-                best = node, fits
+            if fits and (found is None or fits > found[1]):
+                found = node, fits
             if plain:
                 break
+        if found is not None and (best is None or found[1] >= best[1]):
+            best = found
     return best
 
 
@@ -231,17 +235,29 @@ def _bucket(
     used: set[str],
     most: int = LOOKS_PER_BUCKET,
 ) -> Iterator[Node]:
-    """Nodes with exactly `free` whole devices, those of `used` left out."""
+    """Nodes with exactly `free` whole devices, those of `used` left out. Last come those that could go away instead."""
+    last: list[tuple[list[int], int]] = []
     for group in classes:
-        if free < len(group.whole):
-            looks = 0
-            for number in group.whole[free]:
-                node = capacity.node_numbered(number)
-                if node.id not in used:
-                    yield node
-                    looks += 1
-                    if looks >= most:
-                        break
+        if free < len(group.whole) and (numbers := group.whole[free]):
+            staying = group.staying(free)
+            if staying < len(numbers):
+                last.append((numbers, staying))
+            yield from _unused(capacity, numbers, range(staying), used, most)
+    for numbers, first in last:
+        yield from _unused(capacity, numbers, range(first, len(numbers)), used, most)
+
+
+def _unused(
+    capacity: Capacity, numbers: Sequence[int], indices: range, used: set[str], most: int
+) -> Iterator[Node]:
+    looks = 0
+    for index in indices:
+        node = capacity.node_numbered(numbers[index])
+        if node.id not in used:
+            yield node
+            looks += 1
+            if looks >= most:
+                return
 
 
 def _numbered(numbers: Iterable[int], capacity: Capacity) -> Iterator[Node]:

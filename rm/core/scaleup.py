@@ -26,13 +26,14 @@ from dataclasses import dataclass
 
 from rm.core.capacity import Capacity, NodeClass, usable
 from rm.core.cycle import Cycle, Plan
-from rm.core.events import JobAdmitted
+from rm.core.events import GangCut, JobAdmitted
 from rm.core.launches import NOTHING_WANTED, Ask, Want, Wanted
 from rm.core.model import Gang, Job, Node, NodeShape, PlacedBundle
 from rm.core.options import Option
 from rm.core.placement import empty_node, place_elastic
 from rm.core.records import replace
 from rm.core.resources import GPU_UNIT, NOTHING, Amount
+from rm.core.shapes import recut
 from rm.core.state import ClusterState
 
 MOST_NODES = 100
@@ -54,6 +55,14 @@ def decide(state: ClusterState, now: float) -> Plan:
         cycle.walk()
         _look(cycle)
         return cycle.plan()
+
+
+def cuts(state: ClusterState, now: float) -> list[GangCut]:
+    """The bundles of jobs that came before the node types were known, now that they are. Called before `decide`."""
+    if not state.uncut or state.launches.awaited:
+        return []
+    shapes = state.node_shapes()
+    return [GangCut(now, job_id, recut(state.jobs[job_id].gang, shapes)) for job_id in state.uncut]
 
 
 @dataclass(frozen=True, slots=True)

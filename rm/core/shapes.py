@@ -55,6 +55,32 @@ def resolve(request: Request, shapes: Sequence[NodeShape]) -> Gang:
     return gang
 
 
+def as_asked(request: Request) -> Gang:
+    """The gang where nothing is known of the nodes: a count of GPUs is one bundle until it can be cut (`recut`)."""
+    if request.gpu_units is not None:
+        return _gang(request, request.gpu_units, 1)
+    assert request.nodes is not None and request.gpu_units_per_node is not None
+    return _gang(request, request.gpu_units_per_node, request.nodes)
+
+
+def recut(gang: Gang, shapes: Sequence[NodeShape]) -> Gang:
+    """The gang for as many GPUs, now that more is known of the nodes. As it was, where they could never hold it."""
+    gpus = gang.gpu_units / GPU_UNIT
+    cpu, memory = gang.bundle.cpu_milli * gang.count, gang.bundle.memory_bytes * gang.count
+    request = Request(
+        gang.gpu_units,
+        cpu_milli_per_gpu=round(cpu / gpus),
+        memory_bytes_per_gpu=round(memory / gpus),
+        strategy=gang.strategy,
+        gpu_types=gang.gpu_types,
+        labels=gang.labels,
+    )
+    try:
+        return resolve(request, shapes)
+    except (Infeasible, InvalidSpec):
+        return gang
+
+
 def _cut(request: Request, units: int, shapes: Sequence[NodeShape]) -> Gang:
     """One bundle if it fits the largest node, else the fewest equal bundles that do."""
     largest = max(shape.gpu_slots for shape in shapes) * GPU_UNIT

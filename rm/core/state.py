@@ -33,6 +33,7 @@ from rm.core.events import (
     CordonInherited,
     Event,
     ForeignUseObserved,
+    GangCut,
     GpusQuarantined,
     HoldChanged,
     JobAdmitted,
@@ -96,6 +97,10 @@ class ClusterState:
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
         self.quarantines: dict[str, Quarantine] = {}
         """By node id, of nodes that are there. Not stored: what keeps the GPUs outlives the allocator and tells it."""
+        self.uncut: dict[str, None] = {}
+        """Queued jobs that are to be cut as soon as the node types are known (`scaleup.cuts`)."""
+        self.idle_since: dict[str, float] = {}
+        """By node id, since when nobody holds a GPU there, of those where nobody does."""
         self.health = Health()
         self.predictor = Predictor()
         self.remaining = Remaining()
@@ -145,7 +150,7 @@ class ClusterState:
         """What follows from the state and the time alone. Called before each cycle, after what has happened.
 
         Stops by time limits and by the deadlines of drains; cordons of nodes that fail too often, or that came back;
-        node types of which no node joins.
+        node types of which no node joins, or a smaller one than they declare.
         """
         events: list[StopRequested | NodeCordoned | CordonInherited | LaunchFailed] = [
             StopRequested(now, job_id, StopCause.TIME_LIMIT)
@@ -155,7 +160,7 @@ class ClusterState:
         events += self._failing(now)
         events += self._came_back(now)
         events += [
-            LaunchFailed(now, name, why) for name, why in list(self.launches.overdue(self.policy, now))
+            LaunchFailed(now, name, why) for name, why in list(self.launches.failing(self.policy, now))
         ]
         return events
 
@@ -311,7 +316,11 @@ class ClusterState:
             raise self._invalid(job, event)
         self.capacity.take(job.gang.bundle, event.placed)
         attempt = Attempt(event.attempt, event.placed, Phase.RESERVING, event.at, gpu_type=event.gpu_type)
-        self._put(replace(job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None))
+        admitted = replace(
+            job, status=Status.RESERVING, attempt=attempt, attempts=event.attempt, reason=None, uncut=False
+        )
+        self._put(admitted)
+        self._note_idle({each.node_id for each in event.placed}, event.at)
         return [Reserve(job.id, event.attempt, job.gang.sized(len(event.placed)), event.placed)]
 
     def _ready(self, event: PlacementReady) -> list[Effect]:
@@ -431,6 +440,7 @@ class ClusterState:
             self._requeue(job, attempt, outcome, event.at)
         else:
             self._finish(job, event.at, final)
+        self._note_idle({each.node_id for each in attempt.placed}, event.at)
         return []
 
     def _node_joined(self, event: NodeJoined) -> list[Effect]:
@@ -447,6 +457,7 @@ class ClusterState:
             foreign_units=self._quarantined(event.node_id),
             cordoned=event.node_id in self.cordons,
             quarantined_units=self._quarantined(event.node_id),
+            returnable=event.node_id in self.launches.returnable,
         )
         for job_id in sorted(self.books.charged_on.get(node.id, ())):
             job = self.jobs[job_id]
@@ -457,6 +468,7 @@ class ClusterState:
         self.capacity.join(node)
         self._nodes_changed()
         self._note_cordoned(node.id, name=node.name, gone_at=None)
+        self._note_idle((node.id,), event.at)
         return []
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
@@ -465,6 +477,7 @@ class ClusterState:
         # A node that went while nobody looked never came: what was charged on it is lost all the same.
         if self.capacity.leave(event.node_id) is not None:
             self.health.forget(event.node_id)
+            self.idle_since.pop(event.node_id, None)
             self._nodes_changed()
         # A running job's runner tells of its own death. A lease has none: nobody else would ever end it.
         effects: list[Effect] = []
@@ -532,6 +545,7 @@ class ClusterState:
                     foreign_memory_bytes=event.memory_bytes,
                 )
             )
+            self._note_idle((event.node_id,), event.at)
             self.books.moves += 1
             self.version += 1
         return []
@@ -548,6 +562,8 @@ class ClusterState:
         self.capacity.replace(
             replace(node, foreign_units=others + event.units, quarantined_units=event.units)
         )
+        # What keeps the GPUs counts as work for Ray's autoscaler too.
+        self._note_idle((event.node_id,), event.at)
         self.books.moves += 1
         self.version += 1
         return []
@@ -557,12 +573,23 @@ class ClusterState:
         return 0 if found is None else found.units
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
-        self.launches.observe_types(event.shapes, event.most_in_all)
+        self.launches.observe_types(event.shapes, event.most_in_all, awaited=event.awaited)
         self._nodes_changed()
         return []
 
+    def _gang_cut(self, event: GangCut) -> list[Effect]:
+        job = self.jobs.get(event.job_id)
+        if job is not None and job.uncut:
+            self._put(replace(job, gang=event.gang, uncut=False, reason=None))
+        return []
+
     def _launches_observed(self, event: LaunchesObserved) -> list[Effect]:
-        self.launches.observe(dict(event.up), dict(event.booting), event.at)
+        self.launches.observe(
+            dict(event.up), dict(event.booting), event.at, short=event.short, returnable=event.returnable
+        )
+        for node in list(self.nodes.values()):
+            if node.returnable != (node.id in self.launches.returnable):
+                self.capacity.mark_returnable(node.id, not node.returnable)
         self._nodes_changed()
         return []
 
@@ -570,6 +597,19 @@ class ClusterState:
         self.launches.fail(event.node_type, event.message, event.at)
         self.version += 1
         return []
+
+    def _note_idle(self, node_ids: Iterable[str], now: float) -> None:
+        """Something has changed on these nodes: who is idle still has been since it was."""
+        for node_id in node_ids:
+            if self._idle(node_id):
+                self.idle_since.setdefault(node_id, now)
+            else:
+                self.idle_since.pop(node_id, None)
+
+    def _idle(self, node_id: str) -> bool:
+        if node_id not in self.capacity or self.books.charged_on.get(node_id):
+            return False
+        return not self.capacity[node_id].foreign_units
 
     def _nodes_changed(self) -> None:
         self.books.quota.resize(self._gpus_by_type())
@@ -658,6 +698,7 @@ class ClusterState:
         self._changed[job.id] = ended
         self.version += 1
         del self.jobs[job.id]
+        self.uncut.pop(job.id, None)
         self._story.pop(job.id, None)
 
     def _learn(self, job: Job, ran_s: float) -> None:
@@ -680,6 +721,10 @@ class ClusterState:
             self.pending.remove(old)
         if job.attempt is None:
             self.pending.add(job, self._now)
+        if job.uncut:
+            self.uncut[job.id] = None
+        else:
+            self.uncut.pop(job.id, None)
         self._note_usage(job)
 
     def _note_usage(self, job: Job) -> None:
@@ -716,6 +761,10 @@ class ClusterState:
             kept == {each.node_id: each.units for each in self.quarantines.values()},
             f"quarantined are {kept}",
         )
+        returnable = {node.id for node in self.nodes.values() if node.returnable}
+        _require(returnable == self.launches.returnable & self.nodes.keys(), f"returnable are {returnable}")
+        idle = {node_id for node_id in self.nodes if self._idle(node_id)}
+        _require(self.idle_since.keys() == idle, f"idle are {idle}, and not {set(self.idle_since)}")
         nodes = {
             node.id: replace(
                 node,
@@ -758,6 +807,7 @@ class ClusterState:
         fresh_held = {owner: usage.current for owner, usage in books.usage.items() if usage.current}
         _require(held == fresh_held, f"owners hold {held}, the attempts say {fresh_held}")
         self.pending.check(self.jobs)
+        _require(self.uncut.keys() == {job.id for job in self.jobs.values() if job.uncut}, "who is to be cut")
 
 
 def _resume(job: Job, attempt: Attempt) -> list[Effect]:
@@ -852,6 +902,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     GpusQuarantined: ClusterState._gpus_quarantined,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
+    GangCut: ClusterState._gang_cut,
     LaunchesObserved: ClusterState._launches_observed,
     LaunchFailed: ClusterState._launch_failed,
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rm.core.events import (
     AvailabilityChecked,
     Event,
+    GangCut,
     JobAdmitted,
     JobSubmitted,
     NodeLost,
@@ -35,6 +36,7 @@ HISTORY, OVERLAP, AFTER_END, STATUS = "history", "overlap", "after_end", "status
 
 _ALLOWED: dict[type, tuple[Phase | None, ...]] = {
     AvailabilityChecked: (None,),
+    GangCut: (None,),
     JobAdmitted: (None,),
     PlacementReady: (Phase.RESERVING,),
     ReserveFailed: (Phase.RESERVING,),

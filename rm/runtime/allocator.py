@@ -35,6 +35,7 @@ from rm.core.events import (
     StopRequested,
 )
 from rm.core.forecast import Twin
+from rm.core.launches import Wanted
 from rm.core.model import TERMINAL, Cordon, Job, Kind, Node, Status, StopCause, attempt_key
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
@@ -78,6 +79,7 @@ from rm.views import (
     QueueView,
     array_status,
     array_view,
+    booting_node_view,
     gone_node_view,
     job_view,
     node_view,
@@ -201,6 +203,7 @@ class Allocator:
             lambda event: self._writer.post(event),
             self._clock,
             self._keep_progress,
+            self._autoscaler.hurry,
         )
         self._writer = Writer(
             self._ledger,
@@ -210,7 +213,7 @@ class Allocator:
             ).execute,
             foresee=self._gangs.foresee,
             reconsider=self._gangs.reconsider,
-            want=self._asks.want,
+            want=self._want,
             max_pending=config.max_pending,
             max_pending_per_owner=config.max_pending_per_owner,
             check=bool(os.environ.get("RM_CHECK")),
@@ -259,6 +262,12 @@ class Allocator:
         deadline = time.monotonic() + FIRST_TURN_S
         while len(self._writer.view().nodes) < len(self._watch.seen.nodes) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+    def _want(self, wanted: Wanted) -> None:
+        busy = self._asks.busy
+        self._asks.want(wanted)
+        if self._asks.busy and not busy:
+            self._autoscaler.hurry()
 
     async def _remove_orphans(self, runners: Runners) -> None:
         """Groups of ours whose attempt the ledger doesn't know as live: nobody would ever release them."""
@@ -368,7 +377,10 @@ class Allocator:
             waits = Dependencies(self._writer, self._ledger)
             await waits.settle(name for spec, _, _ in new for name in spec.after)
             # From here to the writer's inbox nothing is waited for: what was settled stays so.
-            drafting = Drafting(self._writer.state.policy, self._writer.state.node_shapes(), self._clock())
+            state = self._writer.state
+            drafting = Drafting(
+                state.policy, state.node_shapes(), self._clock(), awaited=state.launches.awaited
+            )
             drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
             new_texts = [text for _, _, text in new]
             accepted = iter(
@@ -548,11 +560,19 @@ class Allocator:
             return await asyncio.to_thread(self._ledger.events, None, after, limit, array_id=job_id)
         return await asyncio.to_thread(self._ledger.events, job_id, after, limit)
 
-    async def nodes(self, *, gone: bool = False) -> list[NodeView]:
-        """Every node with what is charged, foreign and free on it. `gone`: also nodes that left, and are cordoned."""
+    async def nodes(self, *, gone: bool = False, booting: bool = False) -> list[NodeView]:
+        """Every node with what is charged, foreign and free on it.
+
+        `booting`: also nodes that are on their way. `gone`: also nodes that left, and are cordoned.
+        """
         await self._up()
         views = self._node_views(self._writer.view().nodes.values())
-        return views + [gone_node_view(each) for each in self._gone_cordons()] if gone else views
+        if booting:
+            coming = self._writer.state.launches.on_their_way(self._clock())
+            views += [booting_node_view(each) for each in coming if each.booting]
+        if gone:
+            views += [gone_node_view(each) for each in self._gone_cordons()]
+        return views
 
     def _gone_cordons(self) -> list[Cordon]:
         """Cordons of nodes that are not there."""
@@ -599,7 +619,7 @@ class Allocator:
         }
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
-        view, cordons = self._writer.view(), self._writer.state.cordons
+        view, cordons, idle = self._writer.view(), self._writer.state.cordons, self._writer.state.idle_since
         warm, strays = self._stands.held(), self._writer.state.quarantines
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
@@ -612,6 +632,7 @@ class Allocator:
                 tuple(sorted(on.get(node.id, ()))),
                 cordons.get(node.id),
                 warm.get(node.id, {}),
+                idle.get(node.id),
                 strays[node.id].strays if node.id in strays else (),
             )
             for node in listed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rm.core.model import TERMINAL, Gang, Job, NodeShape, Status
 from rm.core.policy import Policy, QueuePolicy
 from rm.core.records import replace
-from rm.errors import InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
+from rm.errors import Infeasible, InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
 from rm.ledger import Ledger
 from rm.ledger.codec import encode_spec
 from rm.runtime.writer import Writer
@@ -63,12 +63,19 @@ def _largest(spec: JobSpec) -> str:
 
 
 class Drafting:
-    """Makes drafts under one policy, for nodes of these shapes, at one moment."""
+    """Makes drafts under one policy, for nodes of these shapes, at one moment.
 
-    def __init__(self, policy: Policy, shapes: Sequence[NodeShape], now: float) -> None:
+    `awaited`: node types may become known that are not among the shapes. What could not be held by these is accepted
+    then, and how many bundles a number of GPUs is stays open.
+    """
+
+    def __init__(
+        self, policy: Policy, shapes: Sequence[NodeShape], now: float, *, awaited: bool = False
+    ) -> None:
         self._policy = policy
         self._shapes = shapes
         self._now = now
+        self._awaited = awaited
         self._gangs: dict[str, Gang] = {}
         """Thousands of jobs of one submission mostly ask for the same."""
 
@@ -81,15 +88,26 @@ class Drafting:
         asked = spec.resources.model_dump_json()
         gang = self._gangs.get(asked)
         if gang is None:
-            gang = self._gangs[asked] = spec.resources.gang(self._shapes)
+            gang = self._gangs[asked] = self._gang(spec)
         priority = queue.default_priority if spec.priority is None else spec.priority
         limit_s, now = time_limit(spec, queue), self._now
+        uncut = self._awaited and spec.resources.to_be_cut
 
         def make(job_id: str, seq: int) -> Job:
             job = spec.job(job_id, seq, gang, now)
-            return replace(job, queue=queue.name, priority=priority, time_limit_s=limit_s, after=after)
+            return replace(
+                job, queue=queue.name, priority=priority, time_limit_s=limit_s, after=after, uncut=uncut
+            )
 
         return make
+
+    def _gang(self, spec: JobSpec) -> Gang:
+        try:
+            return spec.resources.gang(self._shapes)
+        except (Infeasible, InvalidSpec):
+            if not self._awaited:
+                raise
+            return spec.resources.gang_as_asked()
 
 
 def queue_of(spec: JobSpec, policy: Policy) -> QueuePolicy:

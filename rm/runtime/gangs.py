@@ -51,6 +51,8 @@ log = logging.getLogger("rm.gangs")
 STOP_SLACK_S = 15.0
 """Beyond the grace, how long a runner may take to report that its processes are gone before it is killed."""
 
+SLOW_S = 1.0
+"""After this long, a group whose GPUs were free is looked after, and then each time again."""
 BRIEF_S = 0.02
 """A run that is shorter tells that it has started when it ends, which saves a call and a commit."""
 UNSETTLED_KEPT = 2_000
@@ -76,8 +78,11 @@ class Gangs:
         post: Callable[[Event], None],
         clock: Callable[[], float],
         progress: Callable[[str, int, dict[str, Any]], None],
+        slow: Callable[[], None],
     ) -> None:
         self._progress = progress
+        self._slow = slow
+        """Called while a group waits for longer than it should."""
         self._ledger = ledger
         self._requests = requests
         self._config = config
@@ -206,22 +211,45 @@ class Gangs:
         timeout_s = self._config.reserve_timeout_s
         need = units_by_node(effect.placed, effect.gang.bundle.gpu_units)
         made = self._placements.group_id(attempt) is not None
-        if not made and any(self._watch.seen.gone(node_id) for node_id in need):
+        if not made and self._gone(need, self._watch.seen):
             return self._why_not(need)  # ids never come back
         if not made and await self._take_stand(effect, attempt):
             return None
         # Claimed before the wait, so that of two gangs that wait for the same GPUs one goes first.
-        if not made and not await self._watch.until(lambda seen: self._claim(seen, attempt, need), timeout_s):
-            return self._why_not(need)
+        if not made:
+            claimed = await self._watch.until(
+                lambda seen: self._gone(need, seen) or self._claim(seen, attempt, need), timeout_s
+            )
+            if not claimed or self._gone(need, self._watch.seen):
+                return self._why_not(need)
         group = await self._placements.create(attempt, effect.gang, effect.placed)
         if attempt in self._claims:
             self._claims[attempt] = (group.id.hex(), self._claims[attempt][1])
-        if not await self._placements.ready(attempt, timeout_s):
+        if not await self._group_ready(attempt, need, timeout_s):
+            if self._gone(need, self._watch.seen):
+                return self._why_not(need)
             if len(need) == 1 and all(self._shows_free(*each) for each in need.items()):
                 blamed += need
                 return f"its placement group was not ready within {timeout_s:g} s though its GPUs are free"
             return f"its placement group was not ready within {timeout_s:g} s: the GPUs went to somebody else"
         return None
+
+    async def _group_ready(self, attempt: str, need: Iterable[str], timeout_s: float) -> bool:
+        """Whether the group is committed in time, and its nodes live.
+
+        Ray makes none on a node that it takes away, and does not say so: where it takes long, somebody looks. A node
+        that is found so is cordoned, which stops the attempt.
+        """
+        ready = asyncio.create_task(self._placements.ready(attempt, timeout_s))
+        try:
+            while not (await asyncio.wait([ready], timeout=SLOW_S))[0]:
+                if self._gone(need, self._watch.seen):
+                    return False
+                self._slow()
+        finally:
+            if not ready.done():
+                ready.cancel()
+        return await ready
 
     async def _take_stand(self, effect: Reserve, attempt: str) -> bool:
         """Take over what another attempt has left in these places, if it has."""
@@ -235,6 +263,10 @@ class Gangs:
         if spec.kind is Kind.LEASE or self._placements.group_id(attempt) is not None:
             return False
         return self._stands.take(attempt, effect.gang, effect.placed, spec.runtime_env)
+
+    @staticmethod
+    def _gone(need: Iterable[str], seen: Seen) -> bool:
+        return any(seen.gone(node_id) for node_id in need)
 
     def _shows_free(self, node_id: str, units: int) -> bool:
         node = self._watch.seen.nodes.get(node_id)

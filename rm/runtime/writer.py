@@ -41,7 +41,7 @@ from rm.core.launches import Wanted
 from rm.core.model import Job, Node
 from rm.core.policy import Policy
 from rm.core.records import replace
-from rm.core.scaleup import decide
+from rm.core.scaleup import cuts, decide
 from rm.core.state import ClusterState
 from rm.errors import Busy, InternalError, LedgerUnavailable, RmError
 from rm.ledger import Accepted, AppliedPolicy, Batch, EventRow, Ledger, Loaded
@@ -349,6 +349,7 @@ class Writer:
         """The inbox, and when all of it has been applied, what is due then."""
         yield from inbox
         yield from self.state.due(now)
+        yield from cuts(self.state, now)
 
     def _require_known(self, event: Event) -> None:
         """A job must not wait for one that nobody will ever report: the state may have been read anew meanwhile."""
@@ -418,8 +419,11 @@ class Writer:
             break
         old = self.state
         effects = self._restore(loaded)
-        for event in _observations(old):
+        for event in _observations(old, self._clock()):
             self.state.apply(event)
+        self.state.idle_since |= {
+            node_id: since for node_id, since in old.idle_since.items() if node_id in self.state.idle_since
+        }
         self._publish([*loaded.jobs, *ended])
         self._reconsider(self.state.jobs)
         self._execute(effects)
@@ -464,18 +468,26 @@ def _records(
         yield replace(job, array=f"j{first}", array_index=index), own_key
 
 
-def _observations(state: ClusterState) -> list[Event]:
+def _observations(state: ClusterState, now: float) -> list[Event]:
     """What is known of the nodes, as the events that say it again."""
     launches = state.launches
     events: list[Event] = [
-        NodeTypesObserved(0, tuple(launches.types.values()), launches.most_in_all),
-        LaunchesObserved(0, tuple(launches.up.items()), tuple(launches.booting.items())),
+        NodeTypesObserved(now, tuple(launches.types.values()), launches.most_in_all, launches.awaited),
+        LaunchesObserved(
+            now,
+            tuple(launches.up.items()),
+            tuple(launches.booting.items()),
+            launches.short,
+            tuple(sorted(launches.returnable)),
+        ),
     ]
     for node in state.nodes.values():
         events += [
-            NodeJoined(0, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels),
+            NodeJoined(
+                now, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels
+            ),
             ForeignUseObserved(
-                0,
+                now,
                 node.id,
                 node.foreign_units - node.quarantined_units,
                 node.foreign_cpu_milli,

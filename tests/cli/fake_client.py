@@ -147,10 +147,11 @@ class FakeClient(Client):
         return [each for each in self.views.values() if each.array == array_id and each.array_counts is None]
 
     def on_why(self, job_id: str) -> dict[str, Any]:
-        return self.reasons[job_id]
+        return self.reasons.get(job_id, {"code": "NotWaiting", "message": ""})
 
-    def on_nodes(self, *, gone: bool = False) -> list[NodeView]:
-        return [each for each in self.node_views if gone or each.status != "gone"]
+    def on_nodes(self, *, gone: bool = False, booting: bool = False) -> list[NodeView]:
+        unasked = ([] if gone else ["gone"]) + ([] if booting else ["booting"])
+        return [each for each in self.node_views if each.status not in unasked]
 
     def on_audit(self, *, look: bool) -> AuditView:
         self.audits_asked.append(look)

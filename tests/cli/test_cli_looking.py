@@ -188,6 +188,55 @@ def test_why_gives_sentence_evidence_and_advice(rmctl: Any, fake: FakeClient) ->
     assert rmctl("why", "1", "--json").json == WAITS
 
 
+START = {
+    "p50_s": 240.0, "p90_s": 900.0, "basis": "", "gpu_type": None, "nodes": (), "new_nodes": ("g5.12xlarge",),
+    "price": 5.672, "wait_s": 720.0, "wait_nodes": ("a100-1",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forecast", "said"),
+    [
+        (
+            START,
+            (
+                "it will start in about 4 min on a new g5.12xlarge (5.672 an hour), 15 min in the worst of ten cases; "
+                "without it in about 12 min on a100-1 (estimated)"
+            ),
+        ),
+        (
+            {**START, "wait_s": None, "price": None, "p90_s": None},
+            "it will start in about 4 min on a new g5.12xlarge, later than can be told (estimated)",
+        ),
+        (
+            {
+                **START,
+                "new_nodes": (),
+                "price": None,
+                "wait_s": None,
+                "nodes": ("n1", "n2"),
+                "gpu_type": "A100",
+            },
+            "it will start on A100 in about 4 min on n1 and n2, 15 min in the worst of ten cases (estimated)",
+        ),
+        (
+            {**START, "new_nodes": ("a8", "a8"), "nodes": ("n1", "n2", "n3", "n4", "n5"), "wait_s": None},
+            (
+                "it will start in about 4 min on n1, n2, n3, 2 more and 2 new a8 (5.672 an hour), "
+                "15 min in the worst of ten cases (estimated)"
+            ),
+        ),
+        ({"p50_s": None, "p90_s": None, "basis": "too many ask"}, "no estimate of its start: too many ask"),
+    ],
+)
+def test_an_estimate_says_when_where_and_at_what_price(rmctl, fake, forecast, said) -> None:
+    fake.add(view("j1", "QUEUED"))
+    fake.reasons["j1"] = {**WAITS, "start": forecast}
+    assert rmctl("why", "1").out.splitlines()[-1] == said
+    shown = " ".join(rmctl("show", "1").out.split())
+    assert (said in shown) == (forecast["p50_s"] is not None), "nothing is said where there is no basis"
+
+
 def test_events_are_read_to_the_end(rmctl: Any, fake: FakeClient) -> None:
     fake.event_views = [event(seq, "JobSubmitted") for seq in range(1, 2502)]
     assert len(rmctl("events", "--json").json) == 2501

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_client import HOSTILE, FakeClient, event, node
 
-from rm.core.model import Cordon
+from rm.core.launches import Coming
+from rm.core.model import GPU_TYPE, Cordon, NodeShape
 from rm.tables import moment
-from rm.views import gone_node_view
+from rm.views import booting_node_view, gone_node_view
 
 SINCE = 1_700_000_000.0
 AGE = {"by": "ada", "reason": "a fan is loud", "at": SINCE, "deadline": None}
@@ -134,3 +136,21 @@ def test_gpus_in_quarantine_are_told_with_the_processes_on_them(rmctl: Any, fake
     said = "node abababab: 2 GPUs in quarantine: GPU 6 is used by pid 4712 (python), 20480 MiB"
     assert rows[0].endswith(said)
     assert rows[1].endswith("node abababab: nothing is in quarantine any more")
+
+
+def test_nodes_that_boot_and_nodes_that_are_idle(rmctl: Any, two_nodes: FakeClient) -> None:
+    shape = NodeShape(4, 16_000, 2**36, ((GPU_TYPE, "A10G"),), 2, "g5.12xlarge")
+    two_nodes.node_views[1] = replace(two_nodes.node_views[1], idle_since=SINCE)
+    two_nodes.node_views.append(booting_node_view(Coming(shape, SINCE + 60, True, ("j3", "j4"))))
+    header, big, small, boots = rmctl("nodes").out.splitlines()
+    assert header.split()[-1] == "STATUS"
+    assert big.endswith("ready")
+    assert small.endswith(f"idle since {moment(SINCE)}")
+    assert boots.split()[:7] == ["g5.12xlarge", "A10G", "4", "╌╌╌╌", "0", "0", "0"], "nothing there is free"
+    assert boots.endswith(f"j3, j4  booting since {moment(SINCE + 60)}")
+    assert [each.name for each in two_nodes.nodes()] == ["big", "small"], (
+        "who counts GPUs counts those that are there"
+    )
+    found = rmctl("nodes", "--json").json
+    assert [each["idle_since"] for each in found] == [None, SINCE, None]
+    assert (found[2]["status"], found[2]["booting_since"], found[2]["id"]) == ("booting", SINCE + 60, "")

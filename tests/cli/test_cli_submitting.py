@@ -64,6 +64,22 @@ def test_submit_as_json(rmctl: Any, fake: FakeClient) -> None:
     assert ran.err == ""
 
 
+def test_submit_tells_a_person_when_it_will_start(
+    rmctl: Any, fake: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = {"p50_s": 240.0, "p90_s": 300.0, "basis": "", "new_nodes": ("g5.12xlarge",)}
+    fake.reasons["j1"] = {"code": "NodeBooting", "message": "", "start": start}
+    assert rmctl("submit", "-g", "1", "x").err == "", "a program is told nothing but the id"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    ran = rmctl("submit", "-g", "1", "x")
+    assert (ran.out, ran.err.splitlines()[0]) == (
+        "j1\n",
+        "j1: it will start in about 4 min on a new g5.12xlarge, 5 min in the worst of ten cases (estimated)",
+    )
+    fake.reasons["j1"]["start"] = {"p50_s": None, "p90_s": None, "basis": "nothing is known"}
+    assert rmctl("submit", "-g", "1", "x").err == "follow it with: rmctl logs -f j1\n"
+
+
 def test_requirements_files_are_read_here(rmctl: Any, fake: FakeClient, tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").write_text("# ours\nnumpy<3\n\n  rich\n")
     rmctl("submit", "-g", "1", "--pip", str(tmp_path / "requirements.txt"), "--pip", "six", "x")

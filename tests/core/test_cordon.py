@@ -7,6 +7,7 @@ import pytest
 from rm.core.cycle import why
 from rm.core.events import (
     CordonInherited,
+    JobAdmitted,
     NodeCordoned,
     NodeJoined,
     NodeLost,
@@ -256,3 +257,36 @@ def test_a_lease_on_a_node_that_went_while_nobody_looked_is_lost() -> None:
     again.restore(fake.state.jobs.values())
     again.apply(NodeLost(fake.now, "n0"))
     assert again.jobs["j1"].status is Status.STOPPING
+
+
+@pytest.mark.parametrize("known_at", [0.0, 0.005, 0.011, 0.4])
+@pytest.mark.parametrize("group", ["unready", "ok"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_node_that_ray_takes_away_between_the_plan_and_the_group(
+    known_at: float, group: str, nodes: int
+) -> None:
+    """At 0 the job is planned there, at 0.01 Ray makes the group or does not, at 0.5 the job would run."""
+    fake = FakeCluster()
+    fake.add_node("leaves", 1)
+    if nodes == 2:
+        fake.add_node("stays", 8)
+    job = fake.submit(1, behaviour=Behaviour(attempts=(group, "ok")))
+    assert fake.state.jobs[job].attempt.placed[0].node_id == "leaves"
+    while (due := fake.next_due()) is not None and due <= known_at:
+        fake.step()
+    fake.now = known_at
+    # As the runtime says it: what is there is to go at once.
+    fake.cordon("leaves", "Ray takes the node away", draining=True, deadline=known_at)
+    fake.run()
+    node = fake.state.nodes["leaves"]
+    assert node.devices.total_free == node.gpu_slots * GPU_UNIT, "nothing is charged there"
+    assert not fake.held, "no group is left"
+    record = fake.state.jobs[job] if nodes == 1 else fake.ended[job]
+    assert (record.failures, record.infra_failures) == (0, 0), "it costs no retry"
+    placed = [each for each in fake.history if isinstance(each, JobAdmitted)]
+    assert [each.placed[0].node_id for each in placed] == ["leaves", "stays"][:nodes]
+    if nodes == 1:
+        assert record.status is Status.QUEUED
+        assert why(fake.state, record, fake.now).code == "NodesCordoned"
+    else:
+        assert (record.status, record.attempts) == (Status.SUCCEEDED, 2)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from rm.core.events import LaunchesObserved, LaunchFailed, NodeTypesObserved
 from rm.core.forecast import Twin
-from rm.core.model import GPU_TYPE, Status
+from rm.core.model import GPU_TYPE, NodeShape, Status
+from rm.core.policy import Policy
 from rm.testing import Behaviour, FakeCluster
 
 
@@ -79,3 +83,87 @@ def test_it_says_which_of_several_types_comes_first() -> None:
     assert first.p50_s is not None
     assert 99 <= first.p50_s <= 101
     assert (first.gpu_type, second.gpu_type) == ("A100", None)
+
+
+# --- nodes that are not there yet -----------------------------------------------------------------------------
+
+
+def launching(most: int = 1, prices: dict[str, float] | None = None, up: int = 1) -> FakeCluster:
+    """A node of one GPU that runs a job for 1000 s more, and a type of which more could come: none has yet."""
+    fake = FakeCluster(policy=Policy(boot_s=240.0, boot_timeout_s=900.0, prices=prices or {}))
+    for number in range(1, up + 1):
+        fake.add_node(f"a100-{number}", 1)
+    fake.add_node("head", 0)
+    fake.happen(NodeTypesObserved(0, (NodeShape(1, 8_000, 2**36, (), most, "g5.2xlarge"),)))
+    for _ in range(up):
+        fake.submit(1, time_limit_s=1000.0, behaviour=Behaviour(10_000))
+    fake.run(lambda: all(job.status is Status.RUNNING for job in fake.state.jobs.values()))
+    return fake
+
+
+def test_wait_or_pay() -> None:
+    fake = launching(prices={"g5.2xlarge": 1.5})
+    job = fake.submit(1)
+    forecast = Twin(fake.state, fake.now).forecast(job)
+    assert (forecast.p50_s, forecast.p90_s) == (240, 900), "no boot of the type was seen yet"
+    assert (forecast.nodes, forecast.new_nodes, forecast.price) == ((), ("g5.2xlarge",), 1.5)
+    assert forecast.wait_s is not None
+    assert 1000 <= forecast.wait_s <= 1001
+    assert forecast.wait_nodes == ("a100-1",)
+
+
+def test_without_an_end_in_sight_only_the_new_node_is_told_of_and_without_a_price_none() -> None:
+    fake = launching(up=0)
+    job = fake.submit(1)
+    forecast = Twin(fake.state, fake.now).forecast(job)
+    assert (forecast.p50_s, forecast.new_nodes, forecast.price) == (240, ("g5.2xlarge",), None)
+    assert (forecast.wait_s, forecast.wait_nodes) == (None, ())
+
+
+def test_who_comes_second_waits_for_what_runs() -> None:
+    fake = launching()
+    fake.submit(1, time_limit_s=5000.0)
+    job = fake.submit(1)
+    forecast = Twin(fake.state, fake.now).forecast(job)
+    assert forecast.p50_s is not None
+    assert 1000 <= forecast.p50_s <= 1001, "the one new node is the first's"
+    assert (forecast.nodes, forecast.new_nodes, forecast.wait_s) == (("a100-1",), (), None)
+
+
+def test_a_boot_under_way_counts_from_its_beginning_and_by_what_boots_have_taken() -> None:
+    fake = launching(most=3)
+    first = fake.submit(1, behaviour=Behaviour(10_000), time_limit_s=20_000.0)
+    asked = fake.now
+    fake.happen(LaunchesObserved(fake.now, (), (("g5.2xlarge", 1),)))
+    fake.now = asked + 100
+    assert waiting(fake, first) == pytest.approx(140)
+    fake.add_node("b1", 1)
+    fake.happen(LaunchesObserved(fake.now, (("g5.2xlarge", 1),), ()))
+    second = fake.submit(1)
+    forecast = Twin(fake.state, fake.now).forecast(second)
+    assert (forecast.p50_s, forecast.p90_s) == (pytest.approx(100), pytest.approx(100)), (
+        "as long as the last boot took"
+    )
+    fake.happen(LaunchesObserved(fake.now, (("g5.2xlarge", 1),), (("g5.2xlarge", 1),)))
+    fake.now += 150
+    assert waiting(fake, second) == pytest.approx(750), (
+        "no boot took as long: it has until it counts as failed"
+    )
+
+
+def test_a_type_in_a_pause_brings_nothing() -> None:
+    fake = launching()
+    job = fake.submit(1)
+    fake.happen(LaunchFailed(fake.now, "g5.2xlarge", "none left"))
+    forecast = Twin(fake.state, fake.now).forecast(job)
+    assert (forecast.new_nodes, forecast.nodes) == ((), ("a100-1",))
+
+
+def test_a_gang_on_what_is_up_and_on_what_comes() -> None:
+    fake = launching(most=2, prices={"g5.2xlarge": 1.5})
+    fake.add_node("a100-2", 1)
+    job = fake.submit(1, count=3)
+    forecast = Twin(fake.state, fake.now).forecast(job)
+    assert (forecast.p50_s, forecast.nodes) == (240, ("a100-2",))
+    assert (forecast.new_nodes, forecast.price) == (("g5.2xlarge", "g5.2xlarge"), 3.0)
+    assert forecast.wait_s is None

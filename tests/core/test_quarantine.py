@@ -53,7 +53,7 @@ def test_other_work_comes_on_top_whichever_is_seen_first() -> None:
         for each in (one, other):
             fake.happen(foreign) if each == "foreign" else fake.quarantine("n", 1)
         assert free(fake) == 2.5, one
-        view = node_view(fake.state.nodes["n"], (), None)
+        view = node_view(fake.state.nodes["n"], ())
         assert (view.quarantined_gpus, view.foreign_gpus, view.free_gpus) == (1, 0.5, 2.5)
         fake.happen(ForeignUseObserved(fake.now, "n", 0, 0, 0))
         fake.quarantine("n", 0)

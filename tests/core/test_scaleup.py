@@ -7,9 +7,10 @@ from math import ceil
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rm.core.events import LaunchesObserved, LaunchFailed, NodeTypesObserved
+from rm.core.cycle import why
+from rm.core.events import ForeignUseObserved, LaunchesObserved, LaunchFailed, NodeTypesObserved
 from rm.core.model import GPU_TYPE, NodeShape
-from rm.testing import FakeCluster
+from rm.testing import Behaviour, FakeCluster
 
 
 def shape(name: str, gpus: int, most: int, kind: str = "") -> NodeShape:
@@ -86,6 +87,125 @@ def test_the_cheaper_of_two_types_that_waste_as_little() -> None:
     fake.apply_policy(type(fake.policy)(prices={"dear": 12.0, "cheap": 3.5}))
     fake.submit(8)
     assert nodes_wanted(fake) == {"cheap": 1}
+
+
+def test_what_is_on_its_way_since_when_and_for_whom() -> None:
+    fake = cluster(shape("a", 8, 3), shape("b", 4, 3))
+    fake.now = 10
+    first, second = fake.submit(8), fake.submit(8)
+    fake.now = 12
+    fake.happen(LaunchesObserved(12, (), (("a", 1), ("b", 1))))
+    fake.now = 20
+    fake.happen(LaunchesObserved(20, (), (("a", 2), ("b", 1))))
+
+    def coming() -> list[tuple[str, float, bool, tuple[str, ...]]]:
+        return [
+            (each.shape.name, each.since, each.booting, each.jobs)
+            for each in fake.state.launches.on_their_way(fake.now)
+        ]
+
+    b = ("b", 12, True, ())
+    assert coming() == [("a", 10, True, (first,)), ("a", 20, True, (second,)), b], (
+        "b comes although nobody asked"
+    )
+    third = fake.submit(8)
+    assert coming() == [
+        ("a", 10, True, (first,)), ("a", 20, True, (second,)), ("a", 10, False, (third,)), b
+    ]  # fmt: skip
+    fake.add_node("n", 8)
+    fake.happen(LaunchesObserved(30, (("a", 1),), (("a", 1),)))
+    assert coming()[0] == ("a", 20, True, (second,)), "the oldest has come"
+    assert fake.state.launches.boot_s("a", fake.policy) == 20
+
+
+def test_a_node_that_is_smaller_than_its_type_declares_is_not_asked_for_again_and_again() -> None:
+    fake = cluster(shape("a", 8, 9))
+    job = fake.submit(8)
+    for number, pause_s in enumerate((60, 120, 240), 1):
+        assert nodes_wanted(fake) == {"a": 1}
+        fake.add_node(f"n{number}", 4)
+        fake.happen(LaunchesObserved(fake.now, (("a", number),), (), (("a", number, 4),)))
+        assert not nodes_wanted(fake)
+        failure = fake.state.launches.failures["a"]
+        assert (failure.in_a_row, failure.until) == (number, fake.now + pause_s)
+        assert failure.message == "a node of it came with 4 GPUs, and the type declares 8"
+        reason = why(fake.state, fake.state.jobs[job], fake.now)
+        assert reason.code == "LaunchFailed"
+        assert reason.message == f"a node of type a could not be had: {failure.message}"
+        fake.happen(LaunchesObserved(fake.now, (("a", number),), (), (("a", number, 4),)))
+        assert fake.state.launches.failures["a"] == failure, "one node is told of once"
+        fake.now = failure.until
+        fake.happen()
+    small = fake.submit(4)
+    assert fake.state.jobs[small].attempt is not None, "what it has can be used"
+    fake.add_node("whole", 8)
+    fake.happen(LaunchesObserved(fake.now, (("a", 4),), (), (("a", 3, 4),)))
+    assert not fake.state.launches.failures
+    assert fake.state.jobs[job].attempt is not None
+
+
+def test_a_job_that_came_before_the_node_types_waits_for_them_and_is_cut_by_them() -> None:
+    fake = FakeCluster()
+    fake.add_node("head", 0)
+    fake.happen(NodeTypesObserved(0, (), None, awaited=True))
+    job, small, gone = fake.submit(12, uncut=True), fake.submit(2, uncut=True), fake.submit(4, uncut=True)
+    reason = why(fake.state, fake.state.jobs[job], fake.now)
+    assert (reason.code, reason.evidence) == ("NotEvaluated", {"needs": "12 GPU", "node_types": "awaited"})
+    assert "what can be launched is not known yet" in reason.message
+    fake.cancel(gone)
+    fake.happen(NodeTypesObserved(1, (shape("a", 8, 2),)))
+    gangs = {
+        each.id: (each.gang.count, each.gang.bundle.gpu_units, each.uncut)
+        for each in fake.state.jobs.values()
+    }
+    assert gangs == {job: (2, 60_000, False), small: (1, 20_000, False)}
+    assert nodes_wanted(fake) == {"a": 2}
+
+
+def test_without_an_autoscaler_after_all_the_job_says_that_it_is_infeasible() -> None:
+    fake = FakeCluster()
+    fake.add_node("n", 4)
+    fake.happen(NodeTypesObserved(0, (), None, awaited=True))
+    large = fake.submit(16, uncut=True)
+    two = fake.submit(8, uncut=True)
+    fits = fake.submit(2, uncut=True)
+    assert fake.state.jobs[fits].attempt is not None, "what fits starts at once"
+    assert not fake.state.jobs[fits].uncut
+    fake.happen(NodeTypesObserved(1, ()))
+    for job in (large, two):
+        assert why(fake.state, fake.state.jobs[job], fake.now).code == "Infeasible"
+        assert fake.state.jobs[job].gang.count == 1
+
+
+def test_a_node_that_joins_after_its_type_was_told_is_returnable_all_the_same() -> None:
+    fake = cluster(shape("a", 8, 3))
+    fake.happen(LaunchesObserved(0, (("a", 1),), (), returnable=("n",)))
+    fake.add_node("n", 8)
+    assert fake.state.nodes["n"].returnable
+
+
+def test_since_when_a_node_is_idle() -> None:
+    fake = cluster()
+    fake.now = 5
+    fake.add_node("n", 8)
+    idle = fake.state.idle_since
+    assert idle["n"] == 5
+    fake.now = 10
+    first = fake.submit(2)
+    fake.submit(2, behaviour=Behaviour(100))
+    assert "n" not in idle
+    fake.run(lambda: first in fake.ended)
+    assert "n" not in idle, "another still holds GPUs there"
+    fake.run()
+    assert idle["n"] == fake.now
+    since = fake.now
+    fake.happen(ForeignUseObserved(fake.now, "n", 10_000, 0, 0))
+    assert "n" not in idle
+    fake.now = since + 7
+    fake.happen(ForeignUseObserved(fake.now, "n", 0, 0, 0))
+    assert idle["n"] == since + 7
+    fake.lose_node("n")
+    assert "n" not in idle
 
 
 JOBS = st.lists(

@@ -35,8 +35,18 @@ TYPES = {
 }
 
 
+SMALL = {
+    "t2": {
+        "resources": {"CPU": 4, "GPU": 2},
+        "node_config": {"comes_with": {"GPU": 1}},
+        "min_workers": 0,
+        "max_workers": 3,
+    },
+}
+
+
 @pytest.fixture
-def autoscaling() -> Iterator[SimpleNamespace]:
+def autoscaling(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     import ray
 
     import rm
@@ -45,7 +55,7 @@ def autoscaling() -> Iterator[SimpleNamespace]:
     with tempfile.TemporaryDirectory(prefix="rm-as-", dir="/tmp") as directory:
         ray.shutdown()
         program = Path(__file__).parents[1] / "autoscaling_ray.py"
-        order = json.dumps({"types": TYPES, "idle_minutes": 0.15})
+        order = json.dumps({"types": getattr(request, "param", TYPES), "idle_minutes": 0.15})
         with (Path(directory) / "log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, str(program), directory, order],
@@ -87,6 +97,11 @@ def test_jobs_bring_nodes_up_and_nodes_go_when_nobody_needs_them(autoscaling: Si
     assert sum(node.gpus for node in client.nodes()) == 0
     jobs = [client.submit("sleep 12", num_gpus=1) for _ in range(6)]
     wait_until(lambda: jobs[0].why()["code"] == "NodeBooting", 10, "nodes are asked for")
+    start = jobs[0].why()["start"]
+    assert start["new_nodes"] in [("h2",), ("a4",)]
+    assert start["wait_s"] is None, "nothing that is up could ever hold it"
+    assert 0 < start["p50_s"] <= 240
+    wait_until(lambda: booting(client), 30, "a node boots")
 
     def done() -> bool:
         most_nodes(seen, client)
@@ -99,6 +114,24 @@ def test_jobs_bring_nodes_up_and_nodes_go_when_nobody_needs_them(autoscaling: Si
     assert max(seen) == 3
     wait_until(lambda: not sum(node.gpus for node in client.nodes()), 90, "the nodes are gone again")
     assert groups() == []
+
+
+def booting(client) -> list[str]:
+    return [each.name for each in client.nodes(booting=True) if each.booting_since is not None and each.jobs]
+
+
+@pytest.mark.parametrize("autoscaling", [SMALL], indirect=True)
+def test_a_type_whose_nodes_come_smaller_than_it_declares_is_left_alone(autoscaling: SimpleNamespace) -> None:
+    client = autoscaling.client
+    job = client.submit("true", num_gpus=2)
+    wait_until(lambda: job.why()["code"] == "LaunchFailed", 60, "a node came")
+    said = "a node of it came with 1 GPUs, and the type declares 2"
+    assert client.scale()["types"]["t2"]["failed"]["message"] == said
+    assert job.why()["message"] == f"a node of type t2 could not be had: {said}"
+    wait_until(lambda: not groups(), 10, "nothing is asked for")
+    wait_until(lambda: not sum(node.gpus for node in client.nodes()), 50, "what came goes away as idle")
+    assert (job.why()["code"], groups()) == ("LaunchFailed", []), "nor is it asked for again"
+    job.cancel()
 
 
 def test_a_type_that_cannot_be_had_gives_way_to_the_next(autoscaling: SimpleNamespace) -> None:

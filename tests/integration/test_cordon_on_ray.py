@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +94,48 @@ def test_a_node_that_loses_runners_of_several_jobs_is_cordoned(client) -> None:
     assert all(f"{job.id}.1 (a runner was lost" in cordon["reason"] for job in jobs)
     wait_until(lambda: all(job.view().status == "QUEUED" for job in jobs), 40, "all wait")
     wait_until(lambda: jobs[0].why()["code"] == "NodesCordoned", 20, "it says why")
+
+
+@pytest.fixture
+def leaving(ray_cluster: SimpleNamespace, client: Any) -> Iterator[str]:
+    """The id of a fourth node that Ray drains, which the allocator has not been told. Other work keeps it alive."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    node = ray_cluster.cluster.add_node(
+        num_cpus=1, num_gpus=2, object_store_memory=100 * 2**20, include_dashboard=False, include_log_monitor=False,
+        no_monitor=True,
+    )  # fmt: skip
+    other = placement_group([{"GPU": 1}], bundle_label_selector=[{"ray.io/node-id": node.node_id}])
+    try:
+        assert other.wait(30)
+        wait_until(
+            lambda: [each.foreign_gpus for each in client.nodes() if each.id == node.node_id] == [1],
+            30,
+            "it is seen, and what others hold there",
+        )
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        until_ms = int((time.time() + 300) * 1000)
+        assert GcsClient(address=ray_cluster.address).drain_node(node.node_id, reason, "spot", until_ms)[0]
+        yield node.node_id
+    finally:
+        remove_placement_group(other)
+        ray_cluster.cluster.remove_node(node)
+        wait_until(lambda: len(client.nodes()) == 3, 30, "it is gone")
+
+
+def test_a_job_planned_on_a_node_that_ray_takes_away_runs_elsewhere(client: Any, leaving: str) -> None:
+    job = client.submit("true", num_gpus=1)
+    assert job.wait(60).status == "SUCCEEDED"
+    placed = [each.body["placed"][0]["node_id"] for each in job.events() if each.kind == "JobAdmitted"]
+    assert placed[0] == leaving, "it was the fullest: the race was there"
+    assert leaving not in placed[1:]
+    assert len(placed) == 2, "Ray was asked, so that it was not planned there again"
+    assert (job.last.attempts, job.last.failures, job.last.infra_failures) == (2, 0, 0)
+    (node,) = [each for each in client.nodes() if each.id == leaving]
+    assert (node.status, node.charged_gpus, node.jobs) == ("drained", 0, ())
+    assert node.cordon["reason"] == "Ray takes the node away"
 
 
 def test_a_node_that_is_not_there_is_named_with_those_that_are(client) -> None:

@@ -57,6 +57,29 @@ def test_a_request_too_large_for_the_ledger_names_its_largest_part(
     assert "xxx" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "gang", "uncut"),
+    [
+        ({"num_gpus": 32}, "32 GPU", True),
+        ({"num_gpus": 12}, "2 × 6 GPU", True),
+        ({"num_gpus": 1, "gpu_type": "H100"}, "1 GPU (H100)", False),
+        ({"num_gpus": None, "nodes": 3, "gpus_per_node": 16}, "3 × 16 GPU", False),
+        ({"num_gpus": None, "nodes": 3, "gpus_per_node": 16, "min_nodes": 2}, "2 to 3 × 16 GPU", False),
+        ({"num_gpus": 32, "nodes": 2}, "2 × 16 GPU", False),
+    ],
+)
+def test_nothing_is_infeasible_while_node_types_are_awaited(
+    fields: dict[str, Any], gang: str, uncut: bool
+) -> None:
+    drafting = Drafting(POLICY, SHAPES, 5.0, awaited=True)
+    made = drafting.draft(asked(**fields), ())("j1", 1)
+    assert (str(made.gang), made.uncut) == (gang, uncut)
+    known = Drafting(POLICY, SHAPES, 5.0)
+    if fields["num_gpus"] != 12:
+        with pytest.raises(Infeasible):
+            known.draft(asked(**fields), ())
+
+
 def test_a_submission_too_large_for_the_ledger_counts_each_job_of_an_array() -> None:
     large = {"env": {"DATA": "x" * 200_000}}
     assert len(stored([asked(array=300, **large)])) == 1

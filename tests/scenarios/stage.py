@@ -141,9 +141,9 @@ class Stage(FakeCluster):
         )
         return [NodeTypesObserved(self.now, shapes)]
 
-    def _launches(self, words: Mapping[str, Mapping[str, int]]) -> list[Event]:
+    def _launches(self, words: Mapping[str, Any]) -> list[Event]:
         up, booting = (tuple(words.get(each, {}).items()) for each in ("up", "booting"))
-        return [LaunchesObserved(self.now, up, booting)]
+        return [LaunchesObserved(self.now, up, booting, returnable=tuple(words.get("returnable", ())))]
 
     def _launch_failed(self, words: Mapping[str, str]) -> list[Event]:
         return [LaunchFailed(self.now, name, message) for name, message in words.items()]
