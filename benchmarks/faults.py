@@ -55,6 +55,8 @@ class Run:
         self.faults = Faults(world, self.work, self.watch, seed, self.violation)
         self.rng = random.Random(f"pauses {seed}")
         self.ended: list[Any] = []
+        self.handed_on = 0
+        """Attempts that took over the group and the runners of another."""
         self._said = 0.0
 
     def violation(self, sentence: str) -> None:
@@ -116,6 +118,9 @@ class Run:
     def _judge_jobs(self) -> None:
         events = self._events()
         self.watch.settle(events)
+        self.handed_on = sum(
+            each.kind == "PlacementReady" and bool(each.body.get("stand")) for each in events
+        )
         self.ended = [job.view() for job in self.client.jobs(all=True, limit=10_000)]
         by_name: dict[str, list[Any]] = {}
         for view in self.ended:
@@ -123,7 +128,7 @@ class Run:
         for name in by_name.keys() - self.work.stories.keys():
             self.violation(f"{by_name[name][0].id} is a job that nobody submitted")
         hits, lost_holders = (
-            self._node_hits(events),
+            self._node_hits(events) + self._warm_hits(events),
             {h.story.name for h in self.work.holders if self._lost(h)},
         )
         for name, story in self.work.stories.items():
@@ -206,6 +211,15 @@ class Run:
                 placed[key] = [killed for killed in placed[key] if event.at >= killed]
         return Counter(job_id for (job_id, _), killed in placed.items() if killed)
 
+    def _warm_hits(self, events: list[Any]) -> Counter[str]:
+        """How many attempts of each job took over a stand whose runner was killed, before that was known."""
+        taken = (each for each in events if each.kind == "PlacementReady" and each.body.get("stand"))
+        killed = self.faults.warm_killed
+        # A clock that is read here and one that is slewed there: a second is more than lies between them.
+        return Counter(
+            each.job_id for each in taken if each.at >= killed.get(each.body["stand"], float("inf")) - 1
+        )
+
     def _lost(self, holder: Any) -> bool:
         return holder.node_id in self.faults.lost_nodes
 
@@ -233,6 +247,7 @@ class Run:
             "faults": faults,
             "jobs": dict(Counter(view.status for view in self.ended)),
             "attempts": sum(view.attempts for view in self.ended),
+            "handed_on": self.handed_on,
             "evictions": sum(view.evictions for view in self.ended),
             "infra_failures": sum(view.infra_failures for view in self.ended),
             "refused": self.work.refused,
@@ -258,7 +273,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         f"seed {report['seed']}, {report['minutes']:g} min of faults, {report['took_s']:.0f} s in all, "
         f"{report['nodes']} nodes of {GPUS} GPUs. {report['attempts']} attempts, {report['infra_failures']} lost, "
-        f"{report['evictions']} evicted. {report['samples']} comparisons with Ray's table. "
+        f"{report['evictions']} evicted, {report['handed_on']} in the stand of another. "
+        f"{report['samples']} comparisons with Ray's table. "
         f"{report['health_cordons']} cordons by health, undone. "
         f"{report['refused']} requests refused while a node was missing. Errors that clients saw: "
         f"{report['client_errors'] or 'none'}."

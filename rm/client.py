@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 
 from rm import context
 from rm.core.model import Kind
-from rm.errors import InvalidSpec, RequestError, RmError
+from rm.errors import InvalidSpec, RequestError
+from rm.heartbeat import Heartbeat
 from rm.job import Job
 from rm.lease import Lease
 from rm.packing import pack_directory, pack_function, sha256
@@ -37,8 +37,6 @@ from rm.spec import (
 from rm.submission import Environment, submitter_environment
 from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
-HEARTBEAT_S = 2.0
-"""How often an attached client says that it is alive."""
 ATTACHED_TTL_S = 10.0
 """How long it may be silent before its jobs are cancelled."""
 LEASE_TTL_S = 15.0
@@ -69,7 +67,7 @@ class Client:
 
     def __init__(self, actors: Any) -> None:
         self._actors = actors
-        self._heartbeat = Heartbeat(self)
+        self._heartbeat = Heartbeat(lambda ids, timeout_s: self._allocator("heard", ids, timeout_s=timeout_s))
         self.owner = default_owner()
         self.ledger_key: str = actors.hello["ledger_key"]
 
@@ -117,7 +115,8 @@ class Client:
         environment = submitter_environment(options)
         spec = self._spec(Kind.LEASE, environment, options, ttl_s=ttl)
         (job,) = self._send([Draft(spec, {})], attach=True)
-        return Lease(self, job, timeout)
+        assert spec.ttl_s is not None
+        return Lease(self, job, timeout, spec.ttl_s)
 
     def _draft(
         self,
@@ -180,7 +179,8 @@ class Client:
         keys = [uuid.uuid4().hex for _ in drafts]
         ids = self._allocator("submit", [draft.spec for draft in drafts], keys, timeout_s=120)
         if attach:
-            self._heartbeat.add(ids)
+            each = zip(ids, drafts, strict=True)
+            self._heartbeat.add({job_id: draft.spec.ttl_s or ATTACHED_TTL_S for job_id, draft in each})
         # Who hands a job in as somebody (`owner=`) goes on as that one: a lease must be able to end itself.
         return [Job(self, job_id, by=draft.spec.owner) for job_id, draft in zip(ids, drafts, strict=True)]
 
@@ -338,44 +338,6 @@ class NodeList(list[NodeView]):
         from rm.notebook import nodes_table
 
         return nodes_table(self)
-
-
-class Heartbeat:
-    """Says for the attached jobs of this process that it is alive. One daemon thread, started when needed."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._ids: set[str] = set()
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def add(self, job_ids: Iterable[str]) -> None:
-        with self._lock:
-            self._ids |= set(job_ids)
-            if self._thread is None or not self._thread.is_alive():
-                self._wake.clear()
-                self._thread = threading.Thread(target=self._run, name="rm-heartbeat", daemon=True)
-                self._thread.start()
-
-    def stop(self) -> None:
-        self._wake.set()
-
-    def _run(self) -> None:
-        while not self._wake.wait(HEARTBEAT_S):
-            with self._lock:
-                ids = sorted(self._ids)
-            if not ids:
-                continue
-            try:
-                statuses = self._client._allocator("heard", ids, timeout_s=HEARTBEAT_S * 2)
-            except RmError:
-                continue  # it restarts; what matters is that somebody asks again
-            except Exception:
-                return  # this process has left the cluster
-            ended = {"SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"}
-            with self._lock:
-                self._ids -= {job_id for job_id, status in statuses.items() if status in ended}
 
 
 def require_gpus(

@@ -263,6 +263,10 @@ class Job:
         reader = LogReader(self, rank=rank, stream=stream)
         return reader.follow() if follow else "".join(line + "\n" for line in reader.read())
 
+    def logs_removed(self) -> str:
+        """Why there are no logs any more of a job that has long ended, by which setting; "" where none were removed."""
+        return LogReader(self, rank=None, stream=None).removed()
+
     def _store(self, method: str, *args: Any) -> Any:
         """Ask the store about this job, by the name that the job has there."""
         from rm.runtime.orders import archive_id

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from rm.errors import JobNotFinished, LeaseLost
+from rm.errors import AllocatorUnavailable, JobNotFinished, LeaseLost
 from rm.job import TERMINAL, WAIT_SLICE_S, Job
+
+LAST_WORD_S = 2.0
+"""How long an allocator is asked that does not answer any more."""
 
 if TYPE_CHECKING:
     from rm.client import Client
@@ -21,10 +24,11 @@ class Lease:
     The GPUs come back when the block ends, when this process dies, or after `end()`.
     """
 
-    def __init__(self, client: Client, job: Job, timeout: float | None) -> None:
+    def __init__(self, client: Client, job: Job, timeout: float | None, ttl_s: float) -> None:
         self._client = client
         self._job = job
         self._timeout = timeout
+        self._ttl_s = ttl_s
         self._group: dict[str, Any] | None = None
 
     @property
@@ -54,7 +58,10 @@ class Lease:
         return self
 
     def options(self, bundle: int = 0) -> dict[str, Any]:
-        """For `fn.options(**lease.options())`: all GPUs of one bundle. Raises LeaseLost when it is over."""
+        """For `fn.options(**lease.options())`: all GPUs of one bundle.
+
+        Raises LeaseLost when it is over, also where the allocator has not answered for as long as it lives by itself.
+        """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = self.placement_group()
@@ -74,15 +81,39 @@ class Lease:
         if self._group is None:
             raise LeaseLost(f"lease {self.id} is not held: use it inside its with block", job=self.id)
         # Asked each time: a time limit or a dead node ends a lease behind its holder's back.
-        self._group = self._client._allocator("lease", self.id)
+        left_s = self._ttl_s - self._client._heartbeat.silence_s
+        try:
+            self._group = self._client._allocator("lease", self.id, timeout_s=max(LAST_WORD_S, left_s))
+        except AllocatorUnavailable as error:
+            if not self._lost:
+                raise
+            raise LeaseLost(
+                f"lease {self.id}: the allocator has not answered for {self._client._heartbeat.silence_s:.0f} s. It "
+                f"ends a lease whose holder it does not hear for {self._ttl_s:g} s, and so does a new head: {error}",
+                job=self.id,
+            ) from error
         bundles = self._group["bundles"]
         return PlacementGroup(PlacementGroupID(bytes.fromhex(self._group["group_id"])), bundles)
 
     def end(self) -> None:
-        """Give the GPUs back. Waits until they are free; ending twice is harmless."""
+        """Give the GPUs back. Waits until they are free; ending twice is harmless.
+
+        Where the allocator has been silent for as long as the lease lives by itself, it has nothing to give back.
+        """
         self._group = None
-        self._client._allocator("cancel", self.id, self._job.by, released=True)
-        self._job.wait(60)
+        try:
+            timeout_s = LAST_WORD_S if self._lost else 60
+            self._client._allocator("cancel", self.id, self._job.by, released=True, timeout_s=timeout_s)
+            self._job.wait(60)
+        except AllocatorUnavailable:
+            if not self._lost:
+                raise
+            self._client._heartbeat.drop(self.id)
+
+    @property
+    def _lost(self) -> bool:
+        """Whether nobody has answered for as long as it lives without us."""
+        return self._client._heartbeat.silence_s >= self._ttl_s
 
     def __enter__(self) -> Self:
         try:

@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rm.store import TOUCHED_S
+
 if TYPE_CHECKING:
     from rm.job import Job
 
 CHUNK_BYTES = 1 << 20
 NEWS_S = 5.0
 """How long one wait for news lasts; between waits the job's status is looked at."""
+
+DAY_S = 86_400.0
 
 SETTLED_S = 90.0
 """More than a runner looks for a store that is away."""
@@ -59,6 +63,29 @@ class LogReader:
                 return
             if not moved and not self._job._store("news", NEWS_S):
                 time.sleep(PAUSE_S)
+
+    def removed(self) -> str:
+        """In a sentence, that the job's logs are not kept any more, and by which setting; "" where that is not so.
+
+        A log that was begun is kept as a file, also an empty one, and none is removed within an hour of its end.
+        """
+        view = self._job.view()
+        now = time.time() if view.as_of is None else view.as_of
+        if view.ended_at is None or view.started_at is None or now - view.ended_at < TOUCHED_S:
+            return ""
+        if self._job._store("logs"):
+            return ""
+        hello = self._job._client.hello()
+        days = hello["store_keep_days"]
+        if now - view.ended_at >= days * DAY_S:
+            return (
+                f"the logs of {self._job.id} were removed: they are kept for {days:g} days (RM_STORE_KEEP_DAYS), "
+                f"and it ended {(now - view.ended_at) / DAY_S:.0f} days ago"
+            )
+        return (
+            f"the logs of {self._job.id} were removed: all logs and results together may take "
+            f"{hello['store_keep_bytes'] / 2**30:g} GiB (RM_STORE_KEEP_BYTES), and the oldest go first"
+        )
 
     def _settle(self) -> None:
         """The GPUs of a job that ended this moment are another's already, and its last lines may be on their way."""

@@ -30,6 +30,8 @@ FOLDING = frozenset({"NAME", "QUEUE", "OWNER", "NOTE", "NODE", "TYPE", "JOBS", "
 """Columns that give way on a narrow terminal, down to NARROWEST, by folding; the others keep their width."""
 NARROWEST = 10
 BAR_CELLS = 16
+STRAYS_NAMED = 3
+"""Processes that a node's status names; it counts the others."""
 STYLES = {
     "QUEUED": "yellow",
     "RESERVING": "cyan",
@@ -213,7 +215,25 @@ def nodes_table(views: Sequence[NodeView], ascii_only: bool = False) -> Table:
 
 
 def node_status(view: NodeView) -> str:
-    """ "ready", "idle since 2026-03-01 14:05:09", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud"."""
+    """ "ready", "idle since 2026-03-01 14:05:09", "cordoned by ada since 2026-03-01 14:05:09: a fan is loud".
+
+    And what is in quarantine there.
+    """
+    status = _own_status(view)
+    if not view.quarantined_gpus:
+        return status
+    on = ", ".join(stray(each) for each in view.strays[:STRAYS_NAMED])
+    more = f" and {len(view.strays) - STRAYS_NAMED} more" if len(view.strays) > STRAYS_NAMED else ""
+    return f"{status}; {view.quarantined_gpus:g} in quarantine{f': {on}{more}' if on else ''}"
+
+
+def stray(told: Mapping[str, Any]) -> str:
+    """ "GPU 3 is used by pid 4711 (python) of ada, 2048 MiB"."""
+    whose = f" of {told['user']}" if told["user"] else ""
+    return f"GPU {told['gpu']} is used by pid {told['pid']} ({told['name']}){whose}, {told['memory_bytes'] >> 20} MiB"
+
+
+def _own_status(view: NodeView) -> str:
     if view.booting_since is not None:
         return f"{view.status} since {moment(view.booting_since)}"
     if view.cordon is None:
@@ -270,8 +290,15 @@ def gpu_bar(view: NodeView, ascii_only: bool = False) -> Text:
     others = min(cells - ours, round(view.foreign_gpus / view.gpus * cells)) if view.gpus else 0
     full, foreign, free, closed = "#x.-" if ascii_only else "█▒░╌"
     rest = cells - ours - others
-    idle = (free * rest, "green") if view.status == "ready" else (closed * rest, "dim")
-    return Text.assemble((full * ours, "blue"), (foreign * others, "magenta"), idle)
+    kept = rest
+    if view.status == "ready":
+        kept = min(rest, round(view.quarantined_gpus / view.gpus * cells)) if view.gpus else 0
+    return Text.assemble(
+        (full * ours, "blue"),
+        (foreign * others, "magenta"),
+        (free * (rest - kept), "green"),
+        (closed * kept, "dim"),
+    )
 
 
 def events_table(views: Sequence[EventView], began: float | None = None) -> Table:
@@ -331,6 +358,8 @@ def sentence(view: EventView) -> str:
         case "CordonInherited":
             new, old = str(body.get("node_id"))[:8], str(body.get("old_id"))[:8]
             return f"node {new} is cordoned as {old} was, which had its name"
+        case "GpusQuarantined":
+            return _quarantine_sentence(body)
         case "HoldChanged":
             by = f" by {body['by']}" if body.get("by") else ""
             return f"{'held' if body.get('held') else 'released'}{by}"
@@ -390,6 +419,14 @@ def _cordon_sentence(kind: str, body: dict[str, Any]) -> str:
     what = f"drains{deadline}" if body.get("draining") else "cordoned"
     why = f": {body['reason']}" if body.get("reason") else ""
     return f"node {str(body.get('node_id'))[:8]} {what}{by}{why}"
+
+
+def _quarantine_sentence(body: dict[str, Any]) -> str:
+    node, units = f"node {str(body.get('node_id'))[:8]}", body.get("units") or 0
+    if not units:
+        return f"{node}: nothing is in quarantine any more"
+    on = ", ".join(stray(each) for each in body.get("strays") or ())
+    return f"{node}: {units / 10_000:g} GPUs in quarantine{f': {on}' if on else ''}"
 
 
 def _place(placed: dict[str, Any]) -> str:

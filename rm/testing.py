@@ -16,6 +16,7 @@ from rm.core.cycle import Notes
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     Event,
+    GpusQuarantined,
     JobAdmitted,
     JobSubmitted,
     NodeCordoned,
@@ -31,7 +32,7 @@ from rm.core.events import (
     RunStarted,
     StopRequested,
 )
-from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy
+from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy, Stray
 from rm.core.policy import Policy
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, gpu_units
 from rm.core.scaleup import cuts, decide
@@ -101,6 +102,12 @@ class FakeCluster:
 
     def uncordon(self, node_id: str) -> None:
         self.happen(NodeUncordoned(self.now, node_id, "someone"))
+
+    def quarantine(self, node_id: str, gpus: int) -> None:
+        """As the audit would, for strays on so many GPUs."""
+        self.dates.clear()
+        strays = tuple(Stray(gpu, 100 + gpu, "python", "somebody", 2**31) for gpu in range(gpus))
+        self.happen(GpusQuarantined(self.now, node_id, gpus * GPU_UNIT, strays))
 
     def submit(
         self,

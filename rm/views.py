@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rm.core.launches import Coming
-from rm.core.model import Cordon, Job, Node, Status
+from rm.core.model import Cordon, Job, Node, Status, Stray
 from rm.core.policy import ANY, Policy, QueuePolicy
 from rm.core.quota import QuotaTree
 from rm.core.reasons import Reason
@@ -87,6 +87,9 @@ class JobView:
 class NodeView:
     """One node: `free_gpus` is what a new job could get, `foreign_gpus` what work outside rm holds.
 
+    `quarantined_gpus` are given to nobody, because `strays` hold memory there: `gpu`, `pid`, `name`, `user` (""
+    where it can't be told), `memory_bytes`. The audit gives them back when the strays are gone.
+
     `warm_gpus` of the free ones are in placement groups of jobs that have just ended, which are kept a moment for the
     next; `warm` has the names of those groups, with their GPUs here. Other work on the cluster does not get them yet.
 
@@ -112,6 +115,8 @@ class NodeView:
     cordon: dict[str, Any] | None = None
     warm_gpus: float = 0.0
     warm: dict[str, float] = field(default_factory=dict)
+    quarantined_gpus: float = 0.0
+    strays: tuple[dict[str, Any], ...] = ()
     idle_since: float | None = None
     """Since when nobody has held a GPU here, as far as this allocator saw it; None where somebody does."""
     booting_since: float | None = None
@@ -309,11 +314,13 @@ def node_view(
     cordon: Cordon | None = None,
     idle: Mapping[str, int] = NOTHING_IDLE,
     idle_since: float | None = None,
+    strays: tuple[Stray, ...] = (),
 ) -> NodeView:
     """`jobs`: what is charged there, whether it starts, runs or ends. `idle`: groups without an attempt, in units."""
     charged = node.gpu_slots * GPU_UNIT - node.devices.total_free
     left = node.devices.without_foreign(node.foreign_units).total_free
     foreign = node.gpu_slots * GPU_UNIT - charged - left
+    quarantined = min(foreign, node.quarantined_units)
     # What a new gang was given may still be in the group of the last one.
     warm = min(sum(idle.values()), left)
     return NodeView(
@@ -322,7 +329,7 @@ def node_view(
         gpu_type=node.gpu_type,
         gpus=node.gpu_slots,
         charged_gpus=gpu_count(charged),
-        foreign_gpus=gpu_count(foreign),
+        foreign_gpus=gpu_count(foreign - quarantined),
         free_gpus=0.0 if cordon else gpu_count(left),
         cpus=node.cpu_milli / 1000,
         memory_bytes=node.memory_bytes,
@@ -332,6 +339,8 @@ def node_view(
         cordon=None if cordon is None else _why_cordoned(cordon),
         warm_gpus=gpu_count(warm),
         warm={name: gpu_count(units) for name, units in idle.items()},
+        quarantined_gpus=gpu_count(quarantined),
+        strays=tuple(asdict(each) for each in strays),
         idle_since=idle_since if node.gpu_slots else None,
     )
 

@@ -180,16 +180,20 @@ def logs(
         there_are = f"they go from 0 to {ranks - 1}" if ranks > 1 else "it has one process, rank 0"
         raise InvalidSpec(f"rank: {job.id} has no rank {rank}; {there_are}", field="rank")
     stream = None if out == err else "out" if out else "err"
+    printed = False
     if follow:
         for line in job.logs(follow=True, rank=rank, stream=stream):
+            printed = True
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
-        return 0
-    text = job.logs(rank=rank, stream=stream)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-    if not text:
-        note(f"{job.id} has printed nothing{'' if job.last.ended else ' yet'}: it is {job.last.status}")
+    else:
+        text = job.logs(rank=rank, stream=stream)
+        printed = bool(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if not printed:
+        nothing = f"{job.id} has printed nothing{'' if job.last.ended else ' yet'}: it is {job.last.status}"
+        note(job.logs_removed() or nothing)
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -34,6 +34,7 @@ class Fault(StrEnum):
     CHARGES = "charges"
     NODE = "node"
     GPU_IN_USE = "gpu_in_use"
+    LEFT_BEHIND = "left_behind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,23 @@ class LoseAttempt:
     why: str
 
 
-Repair = RemoveGroup | KillRunner | LoseAttempt | None
+@dataclass(frozen=True, slots=True)
+class EndProcesses:
+    """Those on the node that bear the mark of an attempt which has ended."""
+
+    node_id: str
+    mark: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFromUse:
+    """Those of the node's `gpus` that Ray counts free: they are given to nobody while the strays are there."""
+
+    node_id: str
+    gpus: tuple[int, ...]
+
+
+Repair = RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,28 +332,53 @@ RAY = "ray"
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """One process that holds memory of one GPU. `owner`: the mark of its attempt, RAY, or "" for a stranger's."""
+    """One process that holds memory of one GPU. `owner`: the mark of its attempt, RAY, or "" for a stranger's.
+
+    `user`: whose it is on the node, "" where that can't be told.
+    """
 
     gpu: int
     pid: int
     name: str
     memory_bytes: int
     owner: str
+    user: str = ""
+
+    def __str__(self) -> str:
+        """ "process 4711 (python) of ada"."""
+        return f"process {self.pid} ({self.name})" + (f" of {self.user}" if self.user else "")
 
 
-def gpus_in_use(node: RayNode, processes: Iterable[GpuProcess], live: set[str]) -> list[Finding]:
+def left_behind(
+    node_id: str, node: RayNode, processes: Iterable[GpuProcess], live: set[str], ledger_key: str
+) -> list[Finding]:
+    """Processes on the node's GPUs that attempts of this ledger left when they ended. `live`: marks of the others."""
+    return [
+        Finding(
+            Fault.LEFT_BEHIND,
+            f"{node.name} pid {each.pid}",
+            f"GPU {each.gpu} of {node.name}: {each} holds {each.memory_bytes >> 20} MiB, "
+            f"and its attempt has ended ({each.owner})",
+            _evidence(node, each),
+            EndProcesses(node_id, each.owner),
+        )
+        for each in processes
+        if each.owner.startswith(f"{ledger_key}-") and each.owner not in live
+    ]
+
+
+def gpus_in_use(
+    node_id: str, node: RayNode, processes: Iterable[GpuProcess], live: set[str]
+) -> list[Finding]:
     """Strays that hold much memory of GPUs which Ray counts free. `live`: the marks of the live attempts.
 
+    `node`, `processes`: without the GPUs that are kept from use already.
     Which devices Ray counts free nobody tells, only how many. So devices on which only strays have memory are first
     taken for those that Ray has given away and that have nothing on them yet; there is a finding if too many remain.
     """
     processes = list(processes)
     working = {each.gpu for each in processes if each.owner == RAY or each.owner in live}
-    strays = [
-        each
-        for each in processes
-        if each.gpu not in working and each.owner != RAY and each.memory_bytes >= STRAY_BYTES
-    ]
+    strays = [each for each in strays_among(processes, live) if each.gpu not in working]
     devices = sorted({each.gpu for each in strays})
     certain = len(devices) - max(0, _devices_taken(node) - len(working))
     if certain <= 0:
@@ -344,23 +386,57 @@ def gpus_in_use(node: RayNode, processes: Iterable[GpuProcess], live: set[str]) 
     free = gpu_count(node.free_units)
     which = "" if certain == len(devices) else f", at least {certain} of GPUs {', '.join(map(str, devices))}"
     return [
-        # A quarantine of the device would be this finding's repair.
-        Finding(
-            Fault.GPU_IN_USE,
-            f"{node.name} GPU {each.gpu} pid {each.pid}",
-            f"GPU {each.gpu} of {node.name}: process {each.pid} ({each.name}) holds "
-            f"{each.memory_bytes / 2**30:.1f} GiB, and Ray counts {free:g} GPUs there free{which}",
-            {
-                "node": node.name,
-                "gpu": each.gpu,
-                "pid": each.pid,
-                "name": each.name,
-                "memory_bytes": each.memory_bytes,
-                "left_by": each.owner,
-            },
-        )
+        _in_use(node_id, node, each, f"Ray counts {free:g} GPUs there free{which}", tuple(devices))
         for each in strays
     ]
+
+
+def still_in_use(
+    node_id: str, node: RayNode, processes: Iterable[GpuProcess], live: set[str], kept: Iterable[int]
+) -> list[Finding]:
+    """Strays on those GPUs of the node that are kept from use."""
+    devices = set(kept)
+    return [
+        _in_use(node_id, node, each, "it is given to nobody until that is over", (each.gpu,))
+        for each in strays_among(processes, live)
+        if each.gpu in devices
+    ]
+
+
+def strays_among(processes: Iterable[GpuProcess], live: set[str]) -> list[GpuProcess]:
+    """Those that hold much, and are neither Ray's nor a live attempt's."""
+    return [
+        each
+        for each in processes
+        if each.owner != RAY and each.owner not in live and each.memory_bytes >= STRAY_BYTES
+    ]
+
+
+def without_kept(node: RayNode, kept: int) -> RayNode:
+    """The node without so many GPUs, which Ray has given to us so that nobody else gets them."""
+    return replace(node, gpu_units=node.gpu_units - kept * GPU_UNIT)
+
+
+def _in_use(node_id: str, node: RayNode, stray: GpuProcess, so_what: str, gpus: tuple[int, ...]) -> Finding:
+    return Finding(
+        Fault.GPU_IN_USE,
+        f"{node.name} GPU {stray.gpu} pid {stray.pid}",
+        f"GPU {stray.gpu} of {node.name}: {stray} holds {stray.memory_bytes >> 20} MiB, and {so_what}",
+        _evidence(node, stray),
+        KeepFromUse(node_id, gpus),
+    )
+
+
+def _evidence(node: RayNode, stray: GpuProcess) -> dict[str, Any]:
+    return {
+        "node": node.name,
+        "gpu": stray.gpu,
+        "pid": stray.pid,
+        "name": stray.name,
+        "user": stray.user,
+        "memory_bytes": stray.memory_bytes,
+        "left_by": stray.owner,
+    }
 
 
 def _devices_taken(node: RayNode) -> int:

@@ -30,7 +30,7 @@ _OWN_LABELS = frozenset({"ray.io/node-id"})
 class Totals:
     """GPUs of the whole cluster in units: charged + foreign + free = capacity, up to nodes that just left.
 
-    What is idle on cordoned nodes counts as foreign: nobody gets it.
+    What is idle on cordoned nodes, or in quarantine, counts as foreign: nobody gets it.
     """
 
     capacity: int
@@ -54,7 +54,7 @@ class ClassKey:
 class NodeClass:
     """The nodes of one class, by number: `whole[k]` has those with k whole devices free, in ascending order."""
 
-    __slots__ = ("cordoned", "free_units", "key", "partial", "size", "whole")
+    __slots__ = ("cordoned", "free_units", "key", "partial", "quarantined", "size", "whole")
 
     def __init__(self, key: ClassKey) -> None:
         self.key = key
@@ -65,6 +65,8 @@ class NodeClass:
         self.cordoned = 0
         """How many of its nodes are cordoned. They count as having nothing free."""
         self.free_units = 0
+        self.quarantined = 0
+        """Units that nobody of ours has and nobody gets, because strays are on them. Without cordoned nodes."""
 
     def copies(self, gpus: int) -> int:
         """How many bundles of `gpus` whole devices fit on the class at once."""
@@ -325,6 +327,8 @@ class Capacity:
                     del group.partial[part]
         group.free_units += sign * total
         group.cordoned += sign * node.cordoned
+        if node.quarantined_units and not node.cordoned:
+            group.quarantined += sign * min(node.quarantined_units, node.devices.total_free)
         self._free += sign * total
         self._charged += sign * (node.gpu_slots * GPU_UNIT - node.devices.total_free)
 
@@ -343,8 +347,9 @@ class Capacity:
             assert {part: len(nodes) for part, nodes in group.partial.items()} == {
                 part: len(nodes) for part, nodes in again.partial.items()
             }, f"partial devices of {key}"
-            ours = group.size, group.free_units, group.cordoned
-            assert ours == (again.size, again.free_units, again.cordoned), f"sizes of {key}"
+            ours = group.size, group.free_units, group.cordoned, group.quarantined
+            theirs = again.size, again.free_units, again.cordoned, again.quarantined
+            assert ours == theirs, f"sizes of {key}"
 
 
 def copies_in(bundle: Bundle, devices: Devices, cpu_milli: int, memory_bytes: int) -> int:
@@ -374,6 +379,7 @@ def charged(node: Node, bundle: Bundle, slots: tuple[int, ...], sign: int) -> No
         node.foreign_cpu_milli,
         node.foreign_memory_bytes,
         node.cordoned,
+        node.quarantined_units,
         node.returnable,
     )
 

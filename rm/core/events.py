@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rm.core.model import Gang, Job, NodeShape, Outcome, PlacedBundle, StopCause
+from rm.core.model import Gang, Job, NodeShape, Outcome, PlacedBundle, StopCause, Stray
 from rm.core.policy import Policy
 from rm.core.reasons import Reason
 
@@ -220,6 +220,18 @@ class CordonInherited:
 
 
 @dataclass(frozen=True, slots=True)
+class GpusQuarantined:
+    """So much of the node is given to nobody while these processes are there. The last one counts; 0 lifts it."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    units: int
+    strays: tuple[Stray, ...] = ()
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
 class ForeignUseObserved:
     """What work that is not ours holds on a node."""
 
@@ -305,6 +317,7 @@ Event = (
     | NodeCordoned
     | NodeUncordoned
     | CordonInherited
+    | GpusQuarantined
     | ForeignUseObserved
     | NodeTypesObserved
     | GangCut

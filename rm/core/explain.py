@@ -383,8 +383,8 @@ def _fragmented(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | N
     return Reason(
         reasons.FRAGMENTED,
         f"{gpus_in_words(free)} {_is(free)} free, but not as {gang}: the most on one node are {gpu_count(most):g}"
-        f"{_and_cordoned(classes)}",
-        _evidence(gang, free, most) | _cordoned_evidence(classes),
+        f"{_and_withheld(classes)}",
+        _evidence(gang, free, most) | _withheld_evidence(classes),
         "smaller bundles (more nodes with fewer GPUs each) could start sooner",
     )
 
@@ -436,8 +436,8 @@ def _no_capacity(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason:
     gang = job.gang.sized(job.gang.minimum)
     return Reason(
         reasons.WAITING_FOR_CAPACITY,
-        f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free{_and_cordoned(classes)}",
-        _evidence(gang, free, _most_free(cycle, classes)) | _cordoned_evidence(classes),
+        f"needs {gpus_in_words(gang.gpu_units)}, {gpu_count(free):g} {_is(free)} free{_and_withheld(classes)}",
+        _evidence(gang, free, _most_free(cycle, classes)) | _withheld_evidence(classes),
         "it starts as soon as running jobs release enough",
     )
 
@@ -471,14 +471,20 @@ def _cordoned(classes: Sequence[NodeClass]) -> tuple[int, int]:
     return count, sum(each.cordoned * each.key.gpu_slots * GPU_UNIT for each in classes)
 
 
-def _cordoned_evidence(classes: Sequence[NodeClass]) -> dict[str, Any]:
+def _withheld_evidence(classes: Sequence[NodeClass]) -> dict[str, Any]:
     count, units = _cordoned(classes)
-    return {"cordoned_nodes": count, "cordoned_gpus": gpu_count(units)} if count else {}
+    evidence = {"cordoned_nodes": count, "cordoned_gpus": gpu_count(units)} if count else {}
+    if strays := sum(each.quarantined for each in classes):
+        evidence["quarantined_gpus"] = gpu_count(strays)
+    return evidence
 
 
-def _and_cordoned(classes: Sequence[NodeClass]) -> str:
+def _and_withheld(classes: Sequence[NodeClass]) -> str:
     count, units = _cordoned(classes)
-    return f"; {_nodes_are_cordoned(count, units)}" if count else ""
+    words = f"; {_nodes_are_cordoned(count, units)}" if count else ""
+    if strays := sum(each.quarantined for each in classes):
+        words += f"; {gpus_in_words(strays)} {_is(strays)} in quarantine, see `rmctl nodes`"
+    return words
 
 
 def _nodes_are_cordoned(count: int, units: int) -> str:

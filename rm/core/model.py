@@ -112,7 +112,7 @@ class Gang:
 class Node:
     """One node of the Ray cluster. `devices`, `cpu_free_milli`, `memory_free_bytes` are after our own charges.
 
-    `foreign_units`: GPUs that Ray counts as used and that no group of ours holds.
+    `foreign_units`: GPUs that Ray counts as used and that no group of ours holds, and those in quarantine.
     """
 
     id: str
@@ -129,12 +129,35 @@ class Node:
     foreign_memory_bytes: int = 0
     cordoned: bool = False
     """Nothing new is placed here."""
+    quarantined_units: int = 0
+    """How many of `foreign_units` are kept from everybody because strays are on them."""
     returnable: bool = False
     """An autoscaler takes it away when it is idle."""
 
     @property
     def gpu_type(self) -> str | None:
         return dict(self.labels).get(GPU_TYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A process that holds memory of a GPU which nobody gave it. `user`: "" where that can't be told."""
+
+    gpu: int
+    pid: int
+    name: str
+    user: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """So much of a node is given to nobody, since `at`, because of these processes there."""
+
+    node_id: str
+    at: float
+    units: int
+    strays: tuple[Stray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from rm.core.events import (
     Event,
     ForeignUseObserved,
     GangCut,
+    GpusQuarantined,
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
@@ -66,6 +67,7 @@ from rm.core.model import (
     NodeShape,
     Outcome,
     Phase,
+    Quarantine,
     Status,
     StopCause,
 )
@@ -93,6 +95,8 @@ class ClusterState:
         self.launches = Launches()
         self.cordons: dict[str, Cordon] = {}
         """By node id, whether the node is there or not: one that comes back is still cordoned."""
+        self.quarantines: dict[str, Quarantine] = {}
+        """By node id, of nodes that are there. Not stored: what keeps the GPUs outlives the allocator and tells it."""
         self.uncut: dict[str, None] = {}
         """Queued jobs that are to be cut as soon as the node types are known (`scaleup.cuts`)."""
         self.idle_since: dict[str, float] = {}
@@ -450,7 +454,9 @@ class ClusterState:
             event.memory_bytes,
             event.memory_bytes,
             event.labels,
+            foreign_units=self._quarantined(event.node_id),
             cordoned=event.node_id in self.cordons,
+            quarantined_units=self._quarantined(event.node_id),
             returnable=event.node_id in self.launches.returnable,
         )
         for job_id in sorted(self.books.charged_on.get(node.id, ())):
@@ -467,6 +473,7 @@ class ClusterState:
 
     def _node_lost(self, event: NodeLost) -> list[Effect]:
         self._note_cordoned(event.node_id, gone_at=event.at)
+        self.quarantines.pop(event.node_id, None)
         # A node that went while nobody looked never came: what was charged on it is lost all the same.
         if self.capacity.leave(event.node_id) is not None:
             self.health.forget(event.node_id)
@@ -533,7 +540,7 @@ class ClusterState:
             self.capacity.replace(
                 replace(
                     self.capacity[event.node_id],
-                    foreign_units=event.gpu_units,
+                    foreign_units=event.gpu_units + self._quarantined(event.node_id),
                     foreign_cpu_milli=event.cpu_milli,
                     foreign_memory_bytes=event.memory_bytes,
                 )
@@ -542,6 +549,28 @@ class ClusterState:
             self.books.moves += 1
             self.version += 1
         return []
+
+    def _gpus_quarantined(self, event: GpusQuarantined) -> list[Effect]:
+        if event.node_id not in self.capacity:
+            return []
+        old = self.quarantines.pop(event.node_id, None)
+        if event.units:
+            since = event.at if old is None else old.at
+            self.quarantines[event.node_id] = Quarantine(event.node_id, since, event.units, event.strays)
+        node = self.capacity[event.node_id]
+        others = node.foreign_units - node.quarantined_units
+        self.capacity.replace(
+            replace(node, foreign_units=others + event.units, quarantined_units=event.units)
+        )
+        # What keeps the GPUs counts as work for Ray's autoscaler too.
+        self._note_idle((event.node_id,), event.at)
+        self.books.moves += 1
+        self.version += 1
+        return []
+
+    def _quarantined(self, node_id: str) -> int:
+        found = self.quarantines.get(node_id)
+        return 0 if found is None else found.units
 
     def _node_types(self, event: NodeTypesObserved) -> list[Effect]:
         self.launches.observe_types(event.shapes, event.most_in_all, awaited=event.awaited)
@@ -727,6 +756,11 @@ class ClusterState:
         self.capacity.check()
         cordoned = {node.id for node in self.nodes.values() if node.cordoned}
         _require(cordoned == self.cordons.keys() & self.nodes.keys(), f"cordoned are {cordoned}")
+        kept = {node.id: node.quarantined_units for node in self.nodes.values() if node.quarantined_units}
+        _require(
+            kept == {each.node_id: each.units for each in self.quarantines.values()},
+            f"quarantined are {kept}",
+        )
         returnable = {node.id for node in self.nodes.values() if node.returnable}
         _require(returnable == self.launches.returnable & self.nodes.keys(), f"returnable are {returnable}")
         idle = {node_id for node_id in self.nodes if self._idle(node_id)}
@@ -865,6 +899,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     NodeCordoned: ClusterState._cordoned,
     NodeUncordoned: ClusterState._uncordoned,
     CordonInherited: ClusterState._inherited,
+    GpusQuarantined: ClusterState._gpus_quarantined,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,
     GangCut: ClusterState._gang_cut,

@@ -26,7 +26,14 @@ import ray
 import rm
 from rm import rights
 from rm.core.cycle import why_each
-from rm.core.events import CheckpointReported, HoldChanged, NodeCordoned, NodeUncordoned, StopRequested
+from rm.core.events import (
+    CheckpointReported,
+    GpusQuarantined,
+    HoldChanged,
+    NodeCordoned,
+    NodeUncordoned,
+    StopRequested,
+)
 from rm.core.forecast import Twin
 from rm.core.launches import Wanted
 from rm.core.model import TERMINAL, Cordon, Job, Kind, Node, Status, StopCause, attempt_key
@@ -58,6 +65,7 @@ from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
+from rm.runtime.wardens import Wardens
 from rm.runtime.writer import Writer
 from rm.settings import Settings
 from rm.settings_change import consequences
@@ -163,11 +171,13 @@ class Allocator:
         self._began = self._clock()
         self._placements = Placements(self._ledger.key)
         runners = Runners(self._ledger.key)
+        self._wardens = Wardens(self._ledger.key)
         self._watch = NodeWatch(
             lambda event: self._writer.post(event),
             lambda group_id: self._placements.ours(group_id) or self._asks.ours(group_id),
             clock=self._clock,
             poll_s=config.node_poll_s,
+            kept=self._wardens.units,
         )
         self._stands = Stands(self._placements, runners, self._watch, config.keep_warm_s)
         self._autoscaler = Autoscaler(
@@ -214,6 +224,7 @@ class Allocator:
             runners,
             self._stands,
             self._gangs,
+            self._wardens,
             view=self._writer.view,
             request=self._writer.request,
             clock=self._clock,
@@ -222,12 +233,16 @@ class Allocator:
         )
         # Observe first: what groups exist decides what is ours, and what is free.
         await self._placements.find()
+        await self._wardens.find()
         self._writer.recover()
         for job in self._writer.state.jobs.values():
             if job.attempt and job.attempt.stand:
                 self._placements.hand_over(job.attempt.stand, attempt_key(job.id, job.attempt.number))
         await self._remove_orphans(runners)
         await self._watch.first(self._writer.recorded)
+        for node_id in self._wardens.nodes():
+            # The first audit tells why.
+            self._writer.post(GpusQuarantined(self._clock(), node_id, self._wardens.units(node_id)))
         with contextlib.suppress(Exception):
             await self._autoscaler.look()
         for job in self._writer.state.jobs.values():
@@ -310,13 +325,15 @@ class Allocator:
     # --- asked by clients ----------------------------------------------------------------------------------
 
     async def hello(self) -> dict[str, Any]:
-        """Who answers: version, ledger, pid, since when."""
+        """Who answers: version, ledger, pid, since when, and what it lets the store keep."""
         await self._up()
         return {
             "version": rm.__version__,
             "ledger_key": self._ledger.key,
             "ledger_url": _without_password(self._config.ledger_url),
             "home": str(self._config.home),
+            "store_keep_days": self._config.store_keep_days,
+            "store_keep_bytes": self._config.store_keep_bytes,
             "pid": os.getpid(),
             "began": self._began,
             "broken": self._writer.broken,
@@ -603,7 +620,7 @@ class Allocator:
 
     def _node_views(self, nodes: Iterable[Node]) -> list[NodeView]:
         view, cordons, idle = self._writer.view(), self._writer.state.cordons, self._writer.state.idle_since
-        warm = self._stands.held()
+        warm, strays = self._stands.held(), self._writer.state.quarantines
         on: dict[str, list[str]] = {}
         for job in view.jobs.values():
             for node_id in {each.node_id for each in job.attempt.placed} if job.attempt else ():
@@ -616,6 +633,7 @@ class Allocator:
                 cordons.get(node.id),
                 warm.get(node.id, {}),
                 idle.get(node.id),
+                strays[node.id].strays if node.id in strays else (),
             )
             for node in listed
         ]
@@ -662,10 +680,11 @@ class Allocator:
         self._writer.stop()
 
     async def _let_go(self) -> None:
-        """Of the groups that no job has: what is warm, and what asks for nodes."""
+        """What no job has: groups that are warm or ask for nodes, and GPUs in quarantine."""
         self._stands.retire_all()
         await self._stands.all_gone()
         await self._asks.close()
+        await self._wardens.close()
 
     # --- asked by administrators ---------------------------------------------------------------------------
 

@@ -22,8 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rm.core.audit import (
     BookedNode,
+    EndProcesses,
+    Fault,
     Finding,
     GpuProcess,
+    KeepFromUse,
     KillRunner,
     LedgerLook,
     LiveAttempt,
@@ -36,17 +39,23 @@ from rm.core.audit import (
     differences,
     doubtful,
     gpus_in_use,
+    left_behind,
+    still_in_use,
+    strays_among,
+    without_kept,
 )
-from rm.core.events import Event, RunLost
-from rm.core.model import Job, Kind, Node, attempt_key
+from rm.core.events import Event, GpusQuarantined, RunLost
+from rm.core.model import Job, Kind, Node, Stray, attempt_key
 from rm.core.resources import GPU_UNIT
 from rm.runtime import gpu_probe
 from rm.runtime.gangs import Gangs
 from rm.runtime.nodes import read_nodes
 from rm.runtime.orders import process_mark
 from rm.runtime.placements import Placements
+from rm.runtime.processes import sweep
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
+from rm.runtime.wardens import Wardens
 from rm.runtime.writer import View
 from rm.views import AuditView, FindingView
 
@@ -60,6 +69,7 @@ LOOK_AGAIN_S = 0.25
 PROBE_S = 20.0
 """How long a node may take to read its GPUs, the start of a worker included."""
 FINDINGS_KEPT = 100
+NOT_REPAIRED = "could not be repaired"
 NAMED = 5
 """Nodes that a note names; it counts the others."""
 
@@ -74,6 +84,7 @@ class Audit:
         runners: Runners,
         stands: Stands,
         gangs: Gangs,
+        wardens: Wardens,
         *,
         view: Callable[[], View],
         request: Callable[[Event], Awaitable[None]],
@@ -87,6 +98,7 @@ class Audit:
         self._runners = runners
         self._stands = stands
         self._gangs = gangs
+        self._wardens = wardens
         self._view = view
         self._request = request
         self._clock = clock
@@ -97,6 +109,12 @@ class Audit:
         """Ids of committed groups that are known not to be ours: they keep their names."""
         self._blind: dict[str, str] = {}
         """Nodes without NVML, and why: asked once."""
+        self._immortal: set[tuple[str, int]] = set()
+        """Node and pid of what an ended attempt left behind and SIGKILL did not end."""
+        self._unnamed: set[str] = set()
+        """Nodes whose GPUs Ray names otherwise than the driver: which of them is free can't be found out."""
+        self._strays: dict[str, tuple[Stray, ...]] = {}
+        """What was last said to the core of the GPUs in quarantine, by node."""
         self._kept: deque[FindingView] = deque(maxlen=FINDINGS_KEPT)
         self.last: AuditView | None = None
 
@@ -119,10 +137,18 @@ class Audit:
                 await asyncio.sleep(self._pause_s)
                 first, look = look, await self._look()
                 found = confirmed(first.found, look.found)
-            findings = tuple(await self._repair(found))
-            for each in findings:
+            findings = tuple(await self._repair(found, look))
+            await self._settle_quarantines(look)
+            known = {(each.kind, each.what) for each in self.last.findings} if self.last else set()
+            # A stray may stay for days: it is listed as long as it does, and told of once.
+            news = [
+                each
+                for each in findings
+                if each.kind != Fault.GPU_IN_USE or (each.kind, each.what) not in known
+            ]
+            for each in news:
                 log.warning("%s; %s", each.message, each.repair)
-            self._kept.extend(findings)
+            self._kept.extend(news)
             self.last = AuditView(
                 at=at,
                 took_s=time.monotonic() - began,
@@ -138,15 +164,39 @@ class Audit:
     async def _look(self) -> _Look:
         """The ledger, Ray's tables, the drivers, and all differences."""
         ledger, tables, found = await self._compare()
-        mine = {
+        await self._wardens.look(tables.nodes.keys() | tables.unheard)
+        probed, unread = await self._read_gpus(tables.nodes)
+        live = self._marks(ledger) | self._marks(self._ledger_look())
+        for node_id, processes in probed.items():
+            found += self._gpu_differences(node_id, tables.nodes[node_id], processes, live)
+        return _Look(ledger, tables, found, probed, live, tuple(unread))
+
+    def _marks(self, ledger: LedgerLook) -> set[str]:
+        """Those of the processes of live attempts."""
+        return {
             process_mark(self._ledger_key, each.key, bundle)
             for each in ledger.attempts.values()
             for bundle in range(len(each.placed))
         }
-        probed, unread = await self._read_gpus(tables.nodes)
-        for node_id, processes in probed.items():
-            found += gpus_in_use(tables.nodes[node_id], processes, mine)
-        return _Look(ledger, tables, found, len(probed), tuple(unread))
+
+    def _gpu_differences(
+        self, node_id: str, node: RayNode, processes: list[GpuProcess], live: set[str]
+    ) -> list[Finding]:
+        """What is on the node's GPUs and should not be."""
+        left = [
+            each
+            for each in left_behind(node_id, node, processes, live, self._ledger_key)
+            if (node_id, each.evidence["pid"]) not in self._immortal
+        ]
+        ends = {each.evidence["pid"] for each in left}
+        strangers = [each for each in processes if each.pid not in ends]
+        kept = self._wardens.gpus(node_id)
+        others = [each for each in strangers if each.gpu not in kept]
+        return [
+            *left,
+            *still_in_use(node_id, node, strangers, live, kept),
+            *gpus_in_use(node_id, without_kept(node, len(kept)), others, live),
+        ]
 
     async def _compare(self) -> tuple[LedgerLook, RayLook, list[Finding]]:
         before = self._ledger_look()
@@ -211,10 +261,12 @@ class Audit:
         return RayLook(nodes, groups, frozenset(runners), seen.unheard)
 
     async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, list[GpuProcess]], list[str]]:
-        """What the drivers say on nodes with free GPUs: a task that needs nothing, pinned to each."""
+        """What the drivers say where GPUs are free or in quarantine: a task that needs nothing, pinned to each node."""
         self._blind = {node_id: why for node_id, why in self._blind.items() if node_id in nodes}
         free = [
-            each for each, node in nodes.items() if node.free_units >= GPU_UNIT and each not in self._blind
+            each
+            for each, node in nodes.items()
+            if (node.free_units >= GPU_UNIT or self._wardens.units(each)) and each not in self._blind
         ]
         answers = await asyncio.gather(*(_probe(node_id) for node_id in free))
         probed: dict[str, list[GpuProcess]] = {}
@@ -232,17 +284,17 @@ class Audit:
 
     # --- repairing -----------------------------------------------------------------------------------------
 
-    async def _repair(self, found: Iterable[Finding]) -> list[FindingView]:
+    async def _repair(self, found: Iterable[Finding], look: _Look) -> list[FindingView]:
         """Carry out every repair, then look until they show. Returns the findings as readers get them."""
         at, done = self._clock(), {}
         for each in found:
             if each.repair is None:
                 continue
             try:
-                done[each.kind, each.what] = await self._carry_out(each.repair)
+                done[each.kind, each.what] = await self._carry_out(each.repair, look)
             except Exception as error:
                 log.warning("the repair of %s failed", each.what, exc_info=True)
-                done[each.kind, each.what] = f"could not be repaired: {error}"
+                done[each.kind, each.what] = f"{NOT_REPAIRED}: {error}"
         left = set(done)
         deadline = time.monotonic() + REPAIRED_S
         while left and time.monotonic() < deadline:
@@ -250,9 +302,14 @@ class Audit:
             left &= {(each.kind, each.what) for each in again}
             if left:
                 await asyncio.sleep(LOOK_AGAIN_S)
+        # In quarantine it does no harm, but somebody has to end it all the same.
+        left |= {(each.kind, each.what) for each in found if isinstance(each.repair, KeepFromUse)}
+        left |= {what for what, words in done.items() if words.startswith(NOT_REPAIRED)}
         return [_finding_view(each, at, done.get((each.kind, each.what)), left) for each in found]
 
-    async def _carry_out(self, repair: RemoveGroup | KillRunner | LoseAttempt) -> str:
+    async def _carry_out(
+        self, repair: RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse, look: _Look
+    ) -> str:
         """Returns what was done, in words."""
         match repair:
             case RemoveGroup(group_id):
@@ -264,16 +321,83 @@ class Audit:
             case LoseAttempt(job_id, attempt, why):
                 await self._request(RunLost(self._clock(), job_id, attempt, why))
                 return f"attempt {attempt} of {job_id} ended as lost"
+            case EndProcesses(node_id, mark):
+                return await self._end_processes(node_id, mark)
+            case KeepFromUse(node_id, gpus):
+                return await self._keep_from_use(node_id, gpus, look)
+
+    async def _end_processes(self, node_id: str, mark: str) -> str:
+        if mark in self._marks(self._ledger_look()):
+            return "left alone: its attempt lives"
+        killed = await _on(node_id, sweep, mark)
+        processes = await _probe(node_id)
+        if isinstance(processes, str):
+            return f"{NOT_REPAIRED}: {processes}"
+        if left := {each.pid for each in processes if each.owner == mark}:
+            # From now on it is a stray like any other: its GPU is kept from use.
+            self._immortal |= {(node_id, pid) for pid in left}
+            return f"{NOT_REPAIRED}: process {min(left)} outlives SIGKILL, or belongs to another user"
+        return f"killed ({killed} {'process' if killed == 1 else 'processes'})"
+
+    # --- quarantine ----------------------------------------------------------------------------------------
+
+    async def _keep_from_use(self, node_id: str, gpus: tuple[int, ...], look: _Look) -> str:
+        """Take those of the GPUs that are free, so that nobody gets them."""
+        if self._wardens.gpus(node_id) & set(gpus):
+            return "in quarantine"
+        if node_id in self._unnamed:
+            return "reported only: Ray names the GPUs of this node otherwise than the driver"
+        node = look.tables.nodes[node_id]
+        # Which of the free ones Ray gives to whom is not known before: nobody gets any until it is.
+        await self._quarantine(node_id, node.gpu_units // GPU_UNIT, look)
+        free = node.free_units // GPU_UNIT
+        got = await self._wardens.seize(node_id, free, gpus)
+        if not got and self._wardens.unnamed:
+            self._unnamed.add(node_id)
+        await self._quarantine(node_id, len(self._wardens.gpus(node_id)), look)
+        if not got:
+            return (
+                f"{NOT_REPAIRED}: none of these GPUs could be taken out of use; somebody else has them by now"
+            )
+        return "in quarantine"
+
+    async def _settle_quarantines(self, look: _Look) -> None:
+        """Give back what no stray is on any more, and tell the core what is left of which node, where that changed."""
+        told = {node.id: node.quarantined_units for node in self._view().nodes.values()}
+        for node_id in {*self._wardens.nodes(), *(each for each, units in told.items() if units)}:
+            if node_id not in look.probed:
+                continue  # nothing is concluded from a driver that did not answer
+            kept = self._wardens.gpus(node_id)
+            used = {each.gpu for each in strays_among(look.probed[node_id], look.live)}
+            if self._wardens.units(node_id) != len(kept & used) * GPU_UNIT:
+                await self._wardens.release(node_id, keep=kept & used)
+            strays = _strays_on(look, node_id, kept & used)
+            news = _who(strays) != _who(self._strays.get(node_id, ()))
+            if news or told.get(node_id) != len(kept & used) * GPU_UNIT:
+                await self._quarantine(node_id, len(kept & used), look)
+
+    async def _quarantine(self, node_id: str, gpus: int, look: _Look) -> None:
+        """So many GPUs of the node are in quarantine from now on."""
+        kept = self._wardens.gpus(node_id)
+        strays = _strays_on(look, node_id, kept) if gpus else ()
+        await self._request(GpusQuarantined(self._clock(), node_id, gpus * GPU_UNIT, strays))
+        if gpus:
+            self._strays[node_id] = strays
+        else:
+            self._strays.pop(node_id, None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One look: both sides, their differences, how many nodes' drivers were read, and what could not be."""
+    """One look: both sides, their differences, what the nodes' drivers said, and what could not be read."""
 
     ledger: LedgerLook
     tables: RayLook
     found: list[Finding]
-    probed: int
+    probed: Mapping[str, list[GpuProcess]]
+    """What is on the GPUs, by node."""
+    live: set[str]
+    """The marks of the processes of live attempts."""
     unread: tuple[str, ...]
 
     def counts(self) -> dict[str, int]:
@@ -285,24 +409,43 @@ class _Look:
             "groups": len(ours & held),
             "runners": len(self.tables.runners),
             "nodes": len(self.tables.nodes),
-            "drivers": self.probed,
+            "drivers": len(self.probed),
         }
 
 
 async def _probe(node_id: str) -> list[GpuProcess] | str:
-    pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(gpu_probe.read_gpus).options(
-        num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=pinned
-    )
-    reading = await asyncio.to_thread(
-        task.remote
-    )  # the first one hands the task to the GCS, and waits for it
     try:
-        answer: list[GpuProcess] | str = await asyncio.wait_for(reading, PROBE_S)
+        answer: list[GpuProcess] | str = await _on(node_id, gpu_probe.read_gpus)
     except Exception as error:
-        ray.cancel(reading, force=True)
         return f"the node did not answer ({type(error).__name__})"
     return answer
+
+
+async def _on(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns there. Raises what Ray raises, TimeoutError after PROBE_S."""
+    pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(function).options(num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=pinned)
+    # The first one hands the task to the GCS, and waits for it.
+    reading = await asyncio.to_thread(task.remote, *arguments)
+    try:
+        return await asyncio.wait_for(reading, PROBE_S)
+    except BaseException:
+        ray.cancel(reading, force=True)
+        raise
+
+
+def _strays_on(look: _Look, node_id: str, gpus: set[int]) -> tuple[Stray, ...]:
+    """What was on these GPUs of the node, for people."""
+    return tuple(
+        Stray(each.gpu, each.pid, each.name, each.user, each.memory_bytes)
+        for each in strays_among(look.probed.get(node_id, []), look.live)
+        if each.gpu in gpus
+    )
+
+
+def _who(strays: Iterable[Stray]) -> set[tuple[int, int]]:
+    """By GPU and pid: how much they hold changes all the time."""
+    return {(each.gpu, each.pid) for each in strays}
 
 
 def _names(nodes: list[str]) -> str:

@@ -98,6 +98,8 @@ class Gangs:
         """Groups asked for and not yet seen: name → (group id once it has one, GPU units by node)."""
         self._kept: dict[str, RunExited] = {}
         """Attempts whose stand was kept when they ended, until that is committed."""
+        self._unordered: set[_Key] = set()
+        """Attempts whose group we have got and that we have not run yet: no runner can have an order of theirs."""
         self._foreseen: set[_Key] = set()
         """Attempts that have taken over a stand, until that is committed."""
         self._unsettled: OrderedDict[str, tuple[str, list[Any], list[str]]] = OrderedDict()
@@ -115,6 +117,7 @@ class Gangs:
         if any(seen.gone(each.node_id) for each in effect.placed) or not self._take(effect, attempt, spec):
             return None
         self._foreseen.add(key)
+        self._unordered.add(key)
         return PlacementReady(self._clock(), *key, self._placements.name(attempt))
 
     def reconsider(self, jobs: Mapping[str, Job]) -> None:
@@ -164,6 +167,7 @@ class Gangs:
         self._tasks.pop(slot, None)
         if slot[0] is Release:
             self._stops.pop(slot[1], None)
+            self._unordered.discard(slot[1])
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s broke", task.get_name(), exc_info=error)
 
@@ -192,6 +196,7 @@ class Gangs:
         if failure is None:
             name = self._placements.name(attempt)
             stand = name if name != attempt else ""
+            self._unordered.add((effect.job_id, effect.attempt))
             self._post(PlacementReady(now, effect.job_id, effect.attempt, stand))
         else:
             self._claims.pop(attempt, None)
@@ -317,7 +322,8 @@ class Gangs:
             self._post(ended)  # asked for again, because its end could not be committed
             self._post(PlacementReleased(ended.at, *key))
             return
-        run = _GangRun(self, effect, stop)
+        run = _GangRun(self, effect, stop, ordered=key not in self._unordered)
+        self._unordered.discard(key)
         event: RunExited | RunLost
         try:
             event = await run.to_the_end()
@@ -328,6 +334,9 @@ class Gangs:
             event = RunExited(self._clock(), *key, failure)
         except RayError as error:
             event = RunLost(self._clock(), *key, f"a runner was lost: {_last_words(error)}", run.failed_on)
+        except NeverHeardOf as error:
+            # Nobody's fault, as when the group can't be had: it costs no retry.
+            event = RunExited(self._clock(), *key, Outcome(Status.QUEUED, str(error)))
         except (RunnerGone, NodeGone) as error:
             event = RunLost(self._clock(), *key, str(error), error.node_id)
         except TimeoutError as error:
@@ -383,6 +392,16 @@ class RunnerGone(Exception):
         self.node_id = node_id
 
 
+class NeverHeardOf(Exception):
+    """A runner of an attempt that was starting is not there, and nobody knows whether it ever was."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the allocator was restarted while its runners started, and not all of them are there: "
+            "whether its code has begun can't be told"
+        )
+
+
 class _Stopping:
     """The wish to stop one attempt, and how long its processes may take."""
 
@@ -398,10 +417,12 @@ class _Stopping:
 class _GangRun:
     """One Run effect: its runners from their start to the last process's end."""
 
-    def __init__(self, gangs: Gangs, effect: Run, stop: _Stopping) -> None:
+    def __init__(self, gangs: Gangs, effect: Run, stop: _Stopping, *, ordered: bool) -> None:
         self._gangs = gangs
         self._effect = effect
         self._stop = stop
+        self._ordered = ordered
+        """Whether runners of this very attempt may have their orders already: it was asked for before."""
         self._attempt = attempt_key(effect.job_id, effect.attempt)
         self._handles: list[Any] = []
         self._seated: set[int] = set()
@@ -461,7 +482,6 @@ class _GangRun:
         outcome = _outcome(results, seats, orders)
         self._clean = all(each.clean for each in results)
         self._free_seats = [replace(seat, port=each.port) for seat, each in zip(seats, results, strict=True)]
-        gangs.has_ended(effect.job_id, self._attempt, self._handles, [each.key for each in orders])
         return RunExited(clock(), effect.job_id, effect.attempt, outcome)
 
     def keep_stand(self) -> bool:
@@ -483,10 +503,15 @@ class _GangRun:
             return None if self._stop.asked.is_set() else stand.seats
         name = self._gangs._placements.name(self._attempt)
         runners, gang = self._gangs._runners, self._effect.gang
-        if self._effect.begun:
-            # A runner that died meanwhile is not made anew: code would run twice.
+        if self._ordered or self._effect.begun:
+            # Taken over from another allocator, mostly. A runner that died meanwhile is not made anew, for code would
+            # run twice under one attempt, with one log and one scratch directory; and even at once, where the keeper
+            # of the dead one has not had its turn. Of one that is starting, RunStarted alone would have told whether
+            # its code has begun: so what holds for RUNNING holds for STARTING.
             found = await runners.find(name, gang.count)
             if None in found:
+                if not self._effect.begun:
+                    raise NeverHeardOf
                 raise RunnerGone(self._effect.placed[found.index(None)].node_id)
             self._handles = found
         else:
@@ -500,7 +525,8 @@ class _GangRun:
         """
         watch, nodes = self._gangs._watch, {each.node_id for each in self._effect.placed}
         timeout_s = self._gangs._config.start_timeout_s
-        stopped = asyncio.ensure_future(self._stop.asked.wait())
+        # Who has an order is told to stop, and has its grace.
+        stopped = asyncio.ensure_future(asyncio.Future() if self._ordered else self._stop.asked.wait())
         gone = asyncio.ensure_future(watch.lost(nodes))
         both: list[asyncio.Future[Any]] = [work, stopped, gone]
         try:
@@ -533,6 +559,8 @@ class _GangRun:
                 failed = any(each.exception() is not None or not each.result().ok for each in done)
                 if failed and pending:
                     self._stop.ask(self._effect.grace_s)
+            # Also where one was lost: the others may be sending their logs yet, and have their files to remove.
+            self._gangs.has_ended(self._effect.job_id, self._attempt, self._handles, keys)
             results = [each.result() for each in runs]
             if all(each.began for each in results):
                 self._post_started(seats)

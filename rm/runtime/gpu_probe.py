@@ -7,6 +7,7 @@ processes that can't be looked up, or none: nothing can be said about whose they
 from __future__ import annotations
 
 import os
+import pwd
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +68,16 @@ def processes(nvml: Any, proc: Path = Path("/proc")) -> list[GpuProcess]:
         for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
             # The driver may not know how much: then nobody is accused.
             memory = each.usedGpuMemory or 0
-            found.append(GpuProcess(gpu, each.pid, _name(proc, each.pid), memory, _owner(proc, each.pid)))
+            found.append(
+                GpuProcess(
+                    gpu,
+                    each.pid,
+                    _name(proc, each.pid),
+                    memory,
+                    _owner(proc, each.pid),
+                    _user(proc, each.pid),
+                )
+            )
     return found
 
 
@@ -76,6 +86,18 @@ def _name(proc: Path, pid: int) -> str:
         return (proc / str(pid) / "comm").read_text().strip()
     except OSError:
         return "not visible from here"
+
+
+def _user(proc: Path, pid: int) -> str:
+    """Whose the process is: a name, or a number where the node knows none."""
+    try:
+        uid = (proc / str(pid)).stat().st_uid
+    except OSError:
+        return ""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _owner(proc: Path, pid: int) -> str:

@@ -87,7 +87,10 @@ class NodeGone(Exception):
 
 
 class NodeWatch:
-    """Reads Ray's nodes and posts what changed. `ours(group_id)` tells which groups are this allocator's."""
+    """Reads Ray's nodes and posts what changed. `ours(group_id)` tells which groups are this allocator's.
+
+    `kept(node_id)`: GPU units there that are in quarantine, which Ray counts as used and the core knows of already.
+    """
 
     def __init__(
         self,
@@ -96,9 +99,11 @@ class NodeWatch:
         *,
         clock: Callable[[], float],
         poll_s: float,
+        kept: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._post = post
         self._ours = ours
+        self._kept = kept
         self._clock = clock
         self._poll_s = poll_s
         self._waiting = 0
@@ -222,7 +227,10 @@ class NodeWatch:
     def _held_by_others(self, node: SeenNode) -> Amounts:
         ours = [amounts for group, amounts in node.groups.items() if self._ours(group)]
         return (
-            max(0, node.gpu_units - node.free_gpu_units - sum(each[0] for each in ours)),
+            max(
+                0,
+                node.gpu_units - node.free_gpu_units - sum(each[0] for each in ours) - self._kept(node.id),
+            ),
             max(0, node.cpu_milli - node.free_cpu_milli - sum(each[1] for each in ours)),
             max(0, node.memory_bytes - node.free_memory_bytes - sum(each[2] for each in ours)),
         )

@@ -29,6 +29,7 @@ from rm.core.effects import Effect
 from rm.core.events import (
     Event,
     ForeignUseObserved,
+    GpusQuarantined,
     JobSubmitted,
     LaunchesObserved,
     NodeJoined,
@@ -486,7 +487,14 @@ def _observations(state: ClusterState, now: float) -> list[Event]:
                 now, node.id, node.name, node.gpu_slots, node.cpu_milli, node.memory_bytes, node.labels
             ),
             ForeignUseObserved(
-                now, node.id, node.foreign_units, node.foreign_cpu_milli, node.foreign_memory_bytes
+                now,
+                node.id,
+                node.foreign_units - node.quarantined_units,
+                node.foreign_cpu_milli,
+                node.foreign_memory_bytes,
             ),
         ]
+    events += [
+        GpusQuarantined(each.at, each.node_id, each.units, each.strays) for each in state.quarantines.values()
+    ]
     return events

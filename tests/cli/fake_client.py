@@ -79,6 +79,8 @@ class FakeClient(Client):
         self.reasons: dict[str, dict[str, Any]] = {}
         self.output: dict[tuple[int, str], bytes] = {}
         self.submitted: list[JobSpec] = []
+        self.keeps: dict[str, float] = {"store_keep_days": 30.0, "store_keep_bytes": 50 * 2**30}
+        """What `hello` tells of the store's limits."""
         self.stopped: list[tuple[bool, bool]] = []
         """`cancel_jobs` and `keep_jobs` of each time that the allocator was to end."""
         self.connected: list[tuple[str | None, bool]] = []
@@ -104,6 +106,12 @@ class FakeClient(Client):
         return self.queue_views
 
     # --- the allocator's answers ---------------------------------------------------------------------------
+
+    def on_hello(self) -> dict[str, Any]:
+        return self._actors.hello | self.keeps
+
+    def on_settled(self, _job_id: str) -> None:
+        """All logs are whole."""
 
     def on_submit(self, specs: list[JobSpec], _keys: list[str]) -> list[str]:
         self.submitted += specs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,7 +286,31 @@ def test_logs_of_a_silent_job_say_so_beside_stdout(rmctl: Any, fake: FakeClient)
     assert (ran.code, ran.out) == (0, "")
     assert ran.err == "j1 has printed nothing yet: it is QUEUED\n"
     fake.add(view("j1", "SUCCEEDED"))
+    fake.output = {(0, "out"): b""}
     assert rmctl("logs", "1").err == "j1 has printed nothing: it is SUCCEEDED\n"
+
+
+def test_logs_that_were_removed_are_told_of_with_the_setting(rmctl: Any, fake: FakeClient) -> None:
+    ended = view("j1", "SUCCEEDED", started_at=0.0, ended_at=100.0)
+    day_s = 86_400
+    for words in (("logs", "1"), ("logs", "-f", "1")):
+        fake.add(replace(ended, as_of=100.0 + 40 * day_s))
+        ran = rmctl(*words)
+        assert (ran.code, ran.out) == (0, "")
+        assert ran.err == (
+            "the logs of j1 were removed: they are kept for 30 days (RM_STORE_KEEP_DAYS), and it ended 40 days ago\n"
+        )
+    fake.add(replace(ended, as_of=100.0 + 2 * day_s))
+    assert "may take 50 GiB (RM_STORE_KEEP_BYTES)" in rmctl("logs", "1").err
+    nothing = "j1 has printed nothing: it is SUCCEEDED\n"
+    fake.add(replace(ended, as_of=100.0 + 3500))
+    assert rmctl("logs", "1").err == nothing, "nothing is removed within the hour"
+    fake.add(replace(ended, as_of=100.0 + 40 * day_s))
+    fake.output = {(0, "out"): b""}
+    assert rmctl("logs", "1").err == nothing, "an empty log is kept as one"
+    fake.output = {}
+    fake.add(replace(ended, as_of=100.0 + 40 * day_s, started_at=None))
+    assert rmctl("logs", "1").err == nothing, "it never ran"
 
 
 def test_logs_of_a_rank_that_there_is_not(rmctl: Any, fake: FakeClient) -> None:

@@ -114,6 +114,30 @@ def test_a_cordoned_node_that_is_gone_is_listed_last(rmctl: Any, two_nodes: Fake
     assert [each["status"] for each in rmctl("nodes", "--json").json] == ["ready", "ready", "gone"]
 
 
+def test_gpus_in_quarantine_are_told_with_the_processes_on_them(rmctl: Any, fake: FakeClient) -> None:
+    stray = {"gpu": 5, "pid": 4711, "name": HOSTILE, "user": "ada", "memory_bytes": 20 * 2**30}
+    nameless = {**stray, "gpu": 6, "pid": 4712, "name": "python", "user": ""}
+    fake.node_views = [
+        node("big", 8, charged=3, free_gpus=3, quarantined_gpus=2, strays=(stray, nameless)),
+        node("small", 2, id="cd" * 28),
+    ]
+    out = rmctl("nodes").out
+    assert "\x1b" not in out
+    assert "2 in quarantine: GPU 5 is used by pid 4711" in out
+    assert out.splitlines()[-1].endswith("ready")
+    assert "GPU 6 is used by pid 4712 (python), 20480 MiB" in out
+    assert rmctl("nodes", "--json").json[0]["strays"][0]["pid"] == 4711
+    body = {"node_id": "ab" * 28, "units": 20_000, "strays": [nameless]}
+    fake.event_views = [
+        event(1, "GpusQuarantined", None, body=body),
+        event(2, "GpusQuarantined", None, body={**body, "units": 0, "strays": []}),
+    ]
+    _, *rows = rmctl("events").out.splitlines()
+    said = "node abababab: 2 GPUs in quarantine: GPU 6 is used by pid 4712 (python), 20480 MiB"
+    assert rows[0].endswith(said)
+    assert rows[1].endswith("node abababab: nothing is in quarantine any more")
+
+
 def test_nodes_that_boot_and_nodes_that_are_idle(rmctl: Any, two_nodes: FakeClient) -> None:
     shape = NodeShape(4, 16_000, 2**36, ((GPU_TYPE, "A10G"),), 2, "g5.12xlarge")
     two_nodes.node_views[1] = replace(two_nodes.node_views[1], idle_since=SINCE)

@@ -10,9 +10,11 @@ import pytest
 from rm.core.audit import (
     RAY,
     BookedNode,
+    EndProcesses,
     Fault,
     Finding,
     GpuProcess,
+    KeepFromUse,
     KillRunner,
     LedgerLook,
     LiveAttempt,
@@ -25,6 +27,9 @@ from rm.core.audit import (
     differences,
     doubtful,
     gpus_in_use,
+    left_behind,
+    still_in_use,
+    without_kept,
 )
 from rm.core.model import Phase, PlacedBundle
 
@@ -242,37 +247,73 @@ def node(gpus: int = 4, free: float = 4, **groups: int) -> RayNode:
 
 
 def process(gpu: int, owner: str = "", memory: int = 2 * GIB, pid: int = 7) -> GpuProcess:
-    return GpuProcess(gpu, pid, "python", memory, owner)
+    return GpuProcess(gpu, pid, "python", memory, owner, "ada")
 
 
 def test_a_stray_on_an_idle_node_is_reported_with_pid_and_name() -> None:
-    (finding,) = gpus_in_use(node(), [process(3)], MINE)
-    assert (finding.kind, finding.what, finding.repair) == (Fault.GPU_IN_USE, "a GPU 3 pid 7", None)
-    assert (finding.evidence["pid"], finding.evidence["name"]) == (7, "python")
-    assert "process 7 (python) holds 2.0 GiB" in finding.message
+    (finding,) = gpus_in_use(A, node(), [process(3)], MINE)
+    assert (finding.kind, finding.what, finding.repair) == (
+        Fault.GPU_IN_USE,
+        "a GPU 3 pid 7",
+        KeepFromUse(A, (3,)),
+    )
+    assert (finding.evidence["pid"], finding.evidence["name"], finding.evidence["user"]) == (
+        7,
+        "python",
+        "ada",
+    )
+    assert "process 7 (python) of ada holds 2048 MiB" in finding.message
 
 
 def test_what_an_ended_attempt_left_behind_is_a_stray() -> None:
-    (finding,) = gpus_in_use(node(), [process(0, "k-j0.1-0")], MINE)
+    (finding,) = gpus_in_use(A, node(), [process(0, "k-j0.1-0")], MINE)
     assert finding.evidence["left_by"] == "k-j0.1-0"
 
 
 def test_small_contexts_and_rightful_processes_are_none() -> None:
     rightful = [process(0, "k-j1.1-0"), process(1, RAY), process(2, "", memory=499 * 2**20)]
-    assert gpus_in_use(node(free=2, mine=UNIT, theirs=UNIT), rightful, MINE) == []
+    assert gpus_in_use(A, node(free=2, mine=UNIT, theirs=UNIT), rightful, MINE) == []
 
 
 def test_a_stray_counts_only_beyond_the_devices_that_ray_may_have_given_away() -> None:
     given = node(free=3, mine=UNIT)
-    assert gpus_in_use(given, [process(0)], MINE) == [], "it may well be the device that was given"
-    both = gpus_in_use(given, [process(0), process(1)], MINE)
+    assert gpus_in_use(A, given, [process(0)], MINE) == [], "it may well be the device that was given"
+    both = gpus_in_use(A, given, [process(0), process(1)], MINE)
     assert len(both) == 2
     assert "at least 1 of GPUs 0, 1" in both[0].message
-    assert len(gpus_in_use(given, [process(0, "k-j1.1-0"), process(1)], MINE)) == 1, "the given one is known"
-    assert gpus_in_use(node(free=0, mine=4 * UNIT), [process(0)], MINE) == []
+    assert {each.repair for each in both} == {KeepFromUse(A, (0, 1))}, "which of them is free is found out"
+    assert len(gpus_in_use(A, given, [process(0, "k-j1.1-0"), process(1)], MINE)) == 1, (
+        "the given one is known"
+    )
+    assert gpus_in_use(A, node(free=0, mine=4 * UNIT), [process(0)], MINE) == []
 
 
 def test_shares_of_devices_may_lie_on_any() -> None:
-    assert gpus_in_use(node(free=3.5, mine=UNIT // 2), [process(0), process(1)], MINE) == []
-    assert gpus_in_use(node(free=3.5, mine=UNIT // 2), [process(0), process(1), process(2)], MINE)
-    assert gpus_in_use(node(free=3), [process(0)], MINE) == [], "a stranger's actor without a group"
+    assert gpus_in_use(A, node(free=3.5, mine=UNIT // 2), [process(0), process(1)], MINE) == []
+    assert gpus_in_use(A, node(free=3.5, mine=UNIT // 2), [process(0), process(1), process(2)], MINE)
+    assert gpus_in_use(A, node(free=3), [process(0)], MINE) == [], "a stranger's actor without a group"
+
+
+def test_what_an_ended_attempt_of_ours_has_on_any_gpu_is_to_be_ended() -> None:
+    processes = [
+        process(0, "k-j1.1-0", pid=1),
+        process(0, "k-j0.1-0", pid=2, memory=1),
+        process(1, "other-j0.1-0", pid=3),
+        process(2, RAY, pid=4),
+        process(3, pid=5),
+    ]
+    (finding,) = left_behind(A, node(free=0, mine=4 * UNIT), processes, MINE, "k")
+    assert (finding.kind, finding.what) == (Fault.LEFT_BEHIND, "a pid 2")
+    assert finding.repair == EndProcesses(A, "k-j0.1-0")
+    assert left_behind(A, node(), processes, {"k-j0.1-0", *MINE}, "k") == []
+
+
+def test_a_gpu_in_quarantine_is_in_use_as_long_as_its_stray_is_there() -> None:
+    strays = [process(1), process(2, pid=8), process(3, RAY, pid=9), process(1, pid=10, memory=GIB // 4)]
+    (finding,) = still_in_use(A, node(free=3), strays, MINE, {1, 3})
+    assert (finding.what, finding.repair) == ("a GPU 1 pid 7", KeepFromUse(A, (1,)))
+    # What is kept from use is neither free nor given away: the stray on GPU 2 is found beside it.
+    rest = without_kept(node(free=3), 1)
+    (other,) = gpus_in_use(A, rest, [each for each in strays if each.gpu != 1], MINE)
+    assert other.what == "a GPU 2 pid 8"
+    assert gpus_in_use(A, rest, [], MINE) == []

@@ -46,6 +46,30 @@ def ranks(job: Any) -> list[int]:
     return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e"))
 
 
+HOLDER = """
+import sys, time
+import rm
+from rm.errors import AllocatorUnavailable, LeaseLost
+
+diary = open(sys.argv[2], "w", buffering=1)  # what is printed Ray mixes with its own
+with rm.connect(sys.argv[1]).lease(num_gpus=1, ttl=8) as lease:
+    print(lease.id, file=diary)
+    heard = time.monotonic()
+    while True:
+        try:
+            lease.options()
+            heard = time.monotonic()
+        except AllocatorUnavailable:
+            pass
+        except LeaseLost as error:
+            print(f"{time.monotonic() - heard:.1f} {error}", file=diary)
+            break
+        time.sleep(0.2)
+print("through", file=diary)
+"""
+"""A program that has a lease until it learns that it has it no more."""
+
+
 def rmctl(*words: str, address: str) -> subprocess.CompletedProcess[str]:
     code, env = "from rm.cli import main; main()", {**os.environ, "RAY_ADDRESS": address}
     command = [sys.executable, "-c", code, *words]
@@ -108,6 +132,7 @@ def killed_and_back(tmp_path: Path) -> None:
                 late.append(threads.submit(client.submit, "echo 4", num_gpus=1, name="late-4"))
                 late_jobs = [each.result(30) for each in late]
                 assert doomed.cancel().status in ("STOPPING", "CANCELLED")
+                wait_until(lambda: not ranks(doomed), 10, "what is cancelled ends before its end is booked")
                 here.start_gcs()
                 back_at = time.monotonic()
                 assert doomed.wait(60).status == "CANCELLED"
@@ -221,6 +246,13 @@ def a_new_ray(tmp_path: Path) -> None:
     script = f"cat {saved}; echo $RM_ATTEMPT $$ >> {tries}; echo kept > {saved}; {waiting(gate)}"
     running = client.submit(script, num_gpus=1)
     lease = client.submit(waiting(tmp_path / "never"), num_gpus=1, attach=True)
+    diary = tmp_path / "diary"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, old.address, str(diary)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    held = wait_until(lambda: diary.exists() and diary.read_text().strip(), 60, "somebody else has a lease")
     queued = client.submit("echo queued", num_gpus=GPUS)
     wait_until(lambda: running.status == lease.status == "RUNNING" and tries.exists(), 60, "both run")
     worker = next(node for node in client.nodes() if node.gpus)
@@ -243,6 +275,13 @@ def a_new_ray(tmp_path: Path) -> None:
         wait_until(lambda: client.job(running.id).status == "QUEUED", 30, "its attempt is lost")
         assert not Path(f"/proc/{first}").exists(), "before it is queued again"
         assert client.job(lease.id).wait(60).status == "CANCELLED", "its holder is gone"
+        assert client.job(held).wait(60).status == "FAILED", "its holder is not, but what he held is"
+        wait_until(
+            lambda: "through" in diary.read_text(), 30, "he knows, and his block ends without an allocator"
+        )
+        learnt_s, _, why = diary.read_text().splitlines()[1].partition(" ")
+        assert f"lease {held}: the allocator has not answered" in why, why
+        assert float(learnt_s) < 8 + 4, "within its time-to-live, and the pause before"
         assert client.uncordon(node.name)[0].status == "ready"
         gate.touch()
         view = client.job(running.id).wait(60)
@@ -251,9 +290,11 @@ def a_new_ray(tmp_path: Path) -> None:
         assert client.job(running.id).logs() == "kept\nthrough\n"
         assert client.job(queued.id).wait(60).status == "SUCCEEDED"
         assert client.job(ended.id).logs() == "done\n"
-        assert len(client.jobs(all=True)) == 4
+        assert len(client.jobs(all=True)) == 5
         assert kinds(client).count("NodeLost") == 2
         # What the old runners leave in /tmp is removed by the next job there after they have ended.
         in_order(old, scratch=False)
     finally:
+        holder.kill()  # by now Ray may have ended it, or not
+        holder.wait()
         old.close()

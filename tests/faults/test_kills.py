@@ -92,6 +92,30 @@ def test_a_killed_runner_stops_its_whole_gang(client) -> None:
     assert not user_processes()
 
 
+def test_a_runner_that_dies_in_starting_beside_the_allocator_is_not_made_anew(client) -> None:
+    """Whether its code had begun only RunStarted would have told. Under the same attempt it could run twice."""
+    job = client.submit(int, "17", num_gpus=1, hold=True, max_infra_retries=0)
+    # It waits for its function: so it stays where it starts.
+    store = actor_pids()["store"]
+    os.kill(store, signal.SIGSTOP)
+    try:
+        job.release()
+        wait_until(
+            lambda: job.view().stand and f"rm/{client.ledger_key}/{job.view().stand}/0" in actor_pids()
+        )
+        assert job.status == "RESERVING"
+        runner, allocator = runner_pid(client, job), client.hello()["pid"]
+        os.kill(allocator, signal.SIGKILL)
+        os.kill(runner, signal.SIGKILL)
+        wait_until(lambda: client.hello()["pid"] != allocator, 20, "the allocator is back")
+        wait_until(lambda: job.view().attempts == 2, 30, "it is tried anew")
+    finally:
+        os.kill(store, signal.SIGCONT)
+    assert job.result(60) == 17
+    view = job.view()
+    assert (view.attempts, view.infra_failures, view.failures) == (2, 0, 0), "and that costs no retry"
+
+
 def test_the_store_is_killed_and_no_line_is_lost(client) -> None:
     job = client.submit("for i in $(seq 200); do echo $i; sleep 0.01; done", num_gpus=1)
     wait_until(lambda: job.logs(), what="it prints")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,11 +48,12 @@ def test_each_process_is_told_with_its_owner(tmp_path: Path) -> None:
     proc(tmp_path, 13, "ray::train", 10)
     proc(tmp_path, 14, "python", 13)
     proc(tmp_path, 20, "jupyter", 1)
+    me = pwd.getpwuid(os.getuid()).pw_name
     driver = Driver([(12, 30 * GIB)], [(14, GIB), (20, 2 * GIB)], [], [(99, None)])
     assert processes(driver, tmp_path) == [
-        GpuProcess(0, 12, "python) (x", 30 * GIB, "k-j1.1-0"),
-        GpuProcess(1, 14, "python", GIB, RAY),
-        GpuProcess(1, 20, "jupyter", 2 * GIB, ""),
+        GpuProcess(0, 12, "python) (x", 30 * GIB, "k-j1.1-0", me),
+        GpuProcess(1, 14, "python", GIB, RAY, me),
+        GpuProcess(1, 20, "jupyter", 2 * GIB, "", me),
         GpuProcess(3, 99, "not visible from here", 0, ""),
     ]
 

@@ -28,6 +28,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("join"), st.integers(1, 8)),
         st.tuples(st.just("cordon"), st.integers(0, 3), st.booleans(), st.sampled_from([None, 0.0, 3.0])),
         st.tuples(st.just("uncordon"), st.integers(0, 3)),
+        st.tuples(st.just("quarantine"), st.integers(0, 3), st.integers(0, 9)),
     ),
     min_size=1,
     max_size=40,
@@ -66,6 +67,9 @@ def play(fake: FakeCluster, actions: list[tuple]) -> None:
         elif kind == "uncordon" and fake.state.nodes:
             ids = sorted(fake.state.nodes)
             fake.uncordon(ids[rest[0] % len(ids)])
+        elif kind == "quarantine" and fake.state.nodes:
+            ids = sorted(fake.state.nodes)
+            fake.quarantine(ids[rest[0] % len(ids)], rest[1])
         elif kind == "join":
             joined += 1
             fake.add_node(f"x{joined}", rest[0])
@@ -85,8 +89,10 @@ def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: l
     fake.run()
     for node_id in sorted(fake.state.nodes):
         fake.uncordon(node_id)
+        fake.quarantine(node_id, 0)
     fake.run()
-    assert fake.state.totals().charged == 0
+    totals = fake.state.totals()
+    assert (totals.charged, totals.foreign) == (0, 0)
     assert not fake.held
     left = {job.id: str(job.gang) + job.gang.strategy for job in fake.state.jobs.values()}
     assert all(job.attempt is None for job in fake.state.jobs.values())
@@ -111,9 +117,35 @@ def test_nothing_starts_on_a_cordoned_node_and_nothing_stays_on_a_drained_one(ac
             case JobAdmitted():
                 assert cordoned.isdisjoint(each.node_id for each in event.placed)
     assert fake.state.cordons.keys() == cordoned
+    for node_id in sorted(fake.state.nodes):
+        fake.quarantine(node_id, 0)
     fake.run()
     overdue = [each for each in fake.state.cordons.values() if each.deadline is not None]
     assert not any(each.node_id in fake.state.books.charged_on for each in overdue)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ACTIONS)
+def test_a_quarantine_takes_what_is_free_and_no_more_and_gives_all_of_it_back(actions: list[tuple]) -> None:
+    fake = FakeCluster()
+    fake.add_node("n0", 4)
+    fake.add_node("n1", 8)
+    play(fake, actions)
+    for node_id in sorted(fake.state.nodes):
+        fake.quarantine(node_id, 8)
+    before = fake.state.totals()
+    assert before.free == 0, "eight are as many as a node has"
+    admitted = len([each for each in fake.history if isinstance(each, JobAdmitted)])
+    fake.run()
+    assert len([each for each in fake.history if isinstance(each, JobAdmitted)]) == admitted, (
+        "nothing starts there"
+    )
+    assert not fake.held, "what ran has ended as ever"
+    for node_id in sorted(fake.state.nodes):
+        fake.quarantine(node_id, 0)
+    totals = fake.state.totals()
+    assert totals.charged + totals.free == totals.capacity or fake.state.cordons
+    fake.state.check()
 
 
 @settings(max_examples=100, deadline=None)

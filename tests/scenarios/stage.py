@@ -19,6 +19,7 @@ from rm.core.events import (
     CheckpointReported,
     Event,
     ForeignUseObserved,
+    GpusQuarantined,
     HoldChanged,
     JobAdmitted,
     JobSubmitted,
@@ -78,7 +79,8 @@ class Stage(FakeCluster):
         known = {"rank": self._rank, "learn": self._learn, "policy": self._policy, "nodes": self._nodes,
                  "launchable": self._launchable, "launches": self._launches,
                  "launch_failed": self._launch_failed,
-                 "lose": self._lose, "foreign": self._foreign, "cordon": self._cordon, "drain": self._drain,
+                 "lose": self._lose, "foreign": self._foreign, "quarantine": self._quarantine,
+                 "cordon": self._cordon, "drain": self._drain,
                  "uncordon": self._uncordon, "release": self._release,
                  "finish": self._finish, "fail": self._fail, "lost": self._lost, "unready": self._unready,
                  "checkpoint": self._checkpoint, "cancel": self._cancel, "hold": self._hold,
@@ -159,6 +161,11 @@ class Stage(FakeCluster):
 
     def _foreign(self, words: Mapping[str, float]) -> list[Event]:
         return [ForeignUseObserved(self.now, name, gpu_units(gpus), 0, 0) for name, gpus in words.items()]
+
+    def _quarantine(self, words: Mapping[str, float]) -> list[Event]:
+        """By node, how many GPUs strays are on; 0: they are gone."""
+        self.dates.clear()
+        return [GpusQuarantined(self.now, name, gpu_units(gpus)) for name, gpus in words.items()]
 
     def _cordon(self, words: Mapping[str, str]) -> list[Event]:
         self.dates.clear()

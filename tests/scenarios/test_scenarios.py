@@ -23,7 +23,7 @@ EXPECTED = {"decisions", "wanted", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
     "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
-    "cordon", "drain", "uncordon", "launches", "launch_failed",
+    "cordon", "quarantine", "drain", "uncordon", "launches", "launch_failed",
 }  # fmt: skip
 
 
