@@ -68,6 +68,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleName
             cluster=cluster,
             client=client,
             home=home,
+            config=config,
             address=cluster.address,
             nodes=nodes,
             max_log_bytes=config.max_log_bytes,

@@ -128,7 +128,6 @@ def test_an_allocator_that_is_stopped_and_started_again_finds_its_running_jobs(
     ray_cluster, client, tmp_path
 ) -> None:
     import rm
-    from rm.spec import Config
 
     def work(gate: str) -> str:
         import time
@@ -148,7 +147,7 @@ def test_an_allocator_that_is_stopped_and_started_again_finds_its_running_jobs(
         client.jobs()
     gate.touch()
     time.sleep(1)
-    rm.connect(config=Config(home=ray_cluster.home, checkpoint_root=str(ray_cluster.home / "checkpoints")))
+    rm.connect(config=ray_cluster.config)
     assert job.result(60) == "the result", "the old handle finds the new allocator by its name"
     assert job.logs() == "before\nafter\n"
     assert job.view().attempts == 1
