@@ -90,6 +90,7 @@ def test_a_rank_that_prints_without_end_is_bounded_and_goes_on(client, ray_clust
     )
     job = client.submit([sys.executable, "-c", code], num_gpus=1)
     assert job.wait(60).status == "SUCCEEDED"
+    client._allocator("settled", job.id)
     files = list((ray_cluster.home / "logs").glob(f"*-{job.id}/1/0.out"))
     on_disk = sum(path.stat().st_blocks * 512 for path in files)
     assert files
