@@ -161,7 +161,7 @@ class Cycle:
         self._searches = Searches(state, now, self.notes.options, failed, self.wake_at)
         self._stopped: dict[str, None] = {}
         self._evicting: set[str] = set()
-        self._claims = self._victims_gone()
+        self._claims = self._gone_for()
         """Who comes first because others were stopped for it."""
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
@@ -350,7 +350,7 @@ class Cycle:
             pass
 
     def _admit_claimants(self) -> None:
-        """Fair order: who was made room for gets it.
+        """Fair order: who was made room for gets it, or keeps what has come back until the rest has.
 
         Those who stand before it now may owe that to the very eviction: their owner, or their queue, has less since.
         """
@@ -359,7 +359,9 @@ class Cycle:
             group, job = pending.group_of(job_id), self.state.jobs[job_id]
             if group is None or job_id in self.admitted or not self.open(job.queue):
                 continue
-            self._admit_somewhere(job, self.notes.options.of(job.queue, job.gang), group.shape.bit)
+            options = self.notes.options.of(job.queue, job.gang)
+            if not self._admit_somewhere(job, options, group.shape.bit):
+                self._keep_coming(job, options)
 
     def _start_over(self) -> None:
         """Forget what was kept, but for those whose victims were told already."""
@@ -546,19 +548,9 @@ class Cycle:
     def _blocked(self, job: Job, options: tuple[Option, ...]) -> None:
         """Step 6: keep for the job what is coming, or what may be taken, or what will be free first."""
         state = self.state
-        if job.id in self.kept.reservations:
+        if self._keep_coming(job, options):
             return
-        may_hold = self.owner_left(job) >= job.gang.least_units
-        bit = state.pending.shapes[job.gang].bit
-        evicts = may_hold and bool(bit & self._searches.mask(job.queue))
-        may_hold = may_hold and (evicts or self._kept_coming < KEPT_COMING)
-        if may_hold and self._transit().may_be_for(job, bit):
-            coming = self._transit().reserve(job, options)
-            if coming is not None:
-                self._kept_coming += 1
-                self._keep(job, *coming)
-                return
-        for option in options if evicts else ():
+        for option in options if self._may_evict(job) else ():
             eviction = self._searches.evict(job, option, self.kept, self._stopped)
             if eviction is not None:
                 self._evicting.add(job.id)
@@ -585,6 +577,28 @@ class Cycle:
                 self._reserve(job, within)
             case Backfill.SKIP:
                 pass
+
+    def _keep_coming(self, job: Job, options: Sequence[Option]) -> bool:
+        """Keep for the job what is on its way back, where that is enough. True where something is kept for it."""
+        if job.id in self.kept.reservations:
+            return True
+        bit = self.state.pending.shapes[job.gang].bit
+        may_hold = self.owner_left(job) >= job.gang.least_units
+        if not may_hold or not self._transit().may_be_for(job, bit):
+            return False
+        if self._kept_coming >= KEPT_COMING and not self._may_evict(job):
+            return False
+        coming = self._transit().reserve(job, options)
+        if coming is None:
+            return False
+        self._kept_coming += 1
+        self._keep(job, *coming)
+        return True
+
+    def _may_evict(self, job: Job) -> bool:
+        """Whether a search for victims might find some for the job."""
+        bit = self.state.pending.shapes[job.gang].bit
+        return self.owner_left(job) >= job.gang.least_units and bool(bit & self._searches.mask(job.queue))
 
     def _reserve(self, job: Job, options: Sequence[Option]) -> None:
         """EASY: the earliest date that the job can have on GPU types on which nobody before it has one."""
@@ -693,22 +707,24 @@ class Cycle:
 
     # --- what counts more than the order ----------------------------------------------------------------------
 
-    def _victims_gone(self) -> frozenset[str]:
-        """Those for whom others were stopped that are gone. Who stands before them had no right to that."""
+    def _gone_for(self) -> frozenset[str]:
+        """Those for whom others were stopped of whom some, or all, are gone.
+
+        Who stands before them had no right to that. While the last ones are still there what the first have left is
+        free, and does not fit whom it is for: it has to be kept before anybody else looks.
+        """
         if self.state.policy.order is Order.FIFO:
             return frozenset()  # there an eviction changes nobody's place
         return frozenset(
             each.job_id
             for each in self.notes.reservations.values()
-            if each.evicting and each.job_id in self.state.pending and not self._still_there(each)
+            if each.evicting and each.job_id in self.state.pending and self._some_gone(each)
         )
 
-    def _still_there(self, reservation: Reservation) -> bool:
-        """Whether any of those who were stopped for it holds GPUs yet."""
-        return any(
-            job_id in reservation.evicting and lives(job_id, attempt, self.state)
-            for job_id, attempt in reservation.counted
-        )
+    def _some_gone(self, reservation: Reservation) -> bool:
+        """Whether any of those who were stopped for it holds no GPUs any more."""
+        there = {job_id for job_id, attempt in reservation.counted if lives(job_id, attempt, self.state)}
+        return not there.issuperset(reservation.evicting)
 
     def _standing(self, job: Job) -> tuple[int, bool]:
         """What `shortest_first` sets above the rank: what one job can't do, one behind it with another can."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rm.core.events import CheckpointReported, JobSubmitted, NodeJoined, StopRequested
@@ -59,7 +59,25 @@ def job(number: int, now: float, said: dict) -> Job:
     )  # fmt: skip
 
 
+def wants(gpus: float, owner: str, *, cpus: int = 0, count: int = 1, priority: int = 0) -> dict:
+    """A request as `requests` makes them."""
+    return {
+        "gpus": gpus, "count": count, "least": 0, "cpus": cpus, "strategy": Strategy.PACK, "queue": "a",
+        "owner": owner, "priority": priority, "preemptible": True,
+    }  # fmt: skip
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
+@example(  # one stops two, for CPUs and for a GPU; whoever comes before it fits on what the second leaves
+    nodes=[(1, 4), (1, 4), (3, 8), (5, 8)],
+    running=[
+        wants(1, "middling"), wants(1, "middling", cpus=6), wants(0.5, "long", cpus=6),
+        *[wants(1, "middling")] * 3, wants(4, "long"), wants(0.5, "middling"), *[wants(1, "middling")] * 3,
+        wants(2, "middling", count=2, priority=100),
+    ],
+    saved=1 << 2 | 1 << 6,
+    coming=[wants(1, "short", cpus=6)],
+)  # fmt: skip
 @given(
     nodes=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 64])), min_size=1, max_size=4),
     running=st.lists(
