@@ -114,7 +114,9 @@ class Gangs:
         if spec is None or (stop is not None and stop.asked.is_set()):
             return None
         seen = self._watch.seen
-        if any(seen.gone(each.node_id) for each in effect.placed) or not self._take(effect, attempt, spec):
+        if any(seen.gone(each.node_id) for each in effect.placed) or not self._may_take(attempt, spec):
+            return None
+        if not self._stands.promise(attempt, effect.gang, effect.placed, spec.runtime_env):
             return None
         self._foreseen.add(key)
         self._unordered.add(key)
@@ -131,11 +133,13 @@ class Gangs:
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             key = effect.job_id, effect.attempt
+            if key in self._foreseen:
+                self._foreseen.discard(key)
+                self._stands.confirm(attempt_key(*key))
             match effect:
                 case Reserve():
                     self._spawn(Reserve, key, self._reserve(effect))
                 case Run():
-                    self._foreseen.discard(key)
                     self._spawn(Run, key, self._run(effect))
                 case Release():
                     self._spawn(Release, key, self._release(effect))
@@ -256,13 +260,13 @@ class Gangs:
         if not self._stands.may_take(effect.gang, effect.placed):
             return False
         (spec,) = await self._requests.of([effect.job_id])
-        return self._take(effect, attempt, spec)
-
-    def _take(self, effect: Reserve, attempt: str, spec: JobSpec) -> bool:
-        # A lease's holder brings his own actors: ours would take their place.
-        if spec.kind is Kind.LEASE or self._placements.group_id(attempt) is not None:
+        if not self._may_take(attempt, spec):
             return False
         return self._stands.take(attempt, effect.gang, effect.placed, spec.runtime_env)
+
+    def _may_take(self, attempt: str, spec: JobSpec) -> bool:
+        # A lease's holder brings his own actors: ours would take their place.
+        return spec.kind is not Kind.LEASE and self._placements.group_id(attempt) is None
 
     @staticmethod
     def _gone(need: Iterable[str], seen: Seen) -> bool:

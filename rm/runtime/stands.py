@@ -63,6 +63,8 @@ class Stands:
         self._keep_s = keep_s
         self._idle: dict[str, Stand] = {}
         self._taken: dict[str, Stand] = {}
+        self._promised: set[str] = set()
+        """Attempts among them of which nobody else can know yet: their taking it is not committed."""
         self._leaving: dict[str, Stand] = {}
         """Idle ones that are being taken down, by holder like the others."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,8 +130,20 @@ class Stands:
         self._idle[attempt] = stand
         return True
 
+    def promise(self, attempt: str, gang: Gang, placed: Sequence[PlacedBundle], env: dict[str, Any]) -> bool:
+        """`take`, before that is committed: until `confirm` the stand is nobody's to all who look."""
+        taken = self.take(attempt, gang, placed, env)
+        if taken:
+            self._promised.add(attempt)
+        return taken
+
+    def confirm(self, attempt: str) -> None:
+        """What was promised to the attempt is committed."""
+        self._promised.discard(attempt)
+
     def give_back(self, attempt: str) -> None:
         """The attempt never was: what it has taken goes."""
+        self._promised.discard(attempt)
         if (stand := self._taken.pop(attempt, None)) is not None:
             self._idle[attempt] = stand
             self._retire(stand)
@@ -180,7 +194,8 @@ class Stands:
         return frozenset(filter(None, (self._placements.group_id(each.holder) for each in self._unused())))
 
     def _unused(self) -> list[Stand]:
-        return [*self._idle.values(), *self._leaving.values()]
+        promised = [self._taken[attempt] for attempt in self._promised]
+        return [*self._idle.values(), *self._leaving.values(), *promised]
 
     def retire_all(self) -> None:
         """Nobody comes any more."""

@@ -89,7 +89,7 @@ def test_a_killed_runner_stops_its_whole_gang(client) -> None:
     view = job.wait(60)
     assert view.status == "FAILED"
     assert view.outcome["infra"]
-    assert not user_processes()
+    wait_until(lambda: not user_processes(), 5, "its keeper has ended what the dead runner had started")
 
 
 def test_a_runner_that_dies_in_starting_beside_the_allocator_is_not_made_anew(client) -> None:
