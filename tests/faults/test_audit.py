@@ -139,11 +139,11 @@ def test_a_group_of_ours_that_nobody_owns_is_removed_and_a_strangers_is_not(clie
 
 
 def test_a_healthy_busy_cluster_has_no_findings(client) -> None:
-    jobs = client.submit_many(["sleep 0.3"] * 10, num_gpus=8)
     audits = []
-    while any(job.status != "SUCCEEDED" for job in jobs):
-        audits.append(client.audit())
+    while len(audits) < 4:
+        jobs = client.submit_many(["sleep 0.3"] * 10, num_gpus=8)
+        while any(job.status != "SUCCEEDED" for job in jobs):
+            audits.append(client.audit())
     assert [each.findings for each in audits] == [()] * len(audits)
     assert max(each.checked["groups"] for each in audits) > 0, "it saw them at work"
-    assert len(audits) > 3
     assert audits[-1].checked["nodes"] == 3
