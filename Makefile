@@ -28,7 +28,7 @@ layers: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch and not long"
 
-# The tests that take minutes each: floods, real autoscaling, a restarted GCS.
+# The tests that take long: floods, real autoscaling, a restarted GCS, a restored ledger, second trainings.
 long: $(STAMP)
 	$(BIN)/python -m pytest -m long --timeout=900
 

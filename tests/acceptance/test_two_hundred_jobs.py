@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 JOBS = 200
 TOTAL_GPUS = 24
+SHAPES = (1, 2, 4, 8)
+"""Few, as on real clusters, so that stands are handed on, and enough that they must make room for each other."""
 IN_A_ROW = 3
 """A stand may change hands twice within one sample, and be charged at none of its readings. Not so often in a row."""
 
@@ -80,7 +82,7 @@ def test_two_hundred_random_jobs(client) -> None:
         fate = rng.choices(["ok", "fail", "cancel"], [7, 2, 1])[0]
         seconds = "1000" if fate == "cancel" else f"{rng.uniform(0, 0.4):.2f}"
         entries.append(
-            {"entry": f"sleep {seconds}; exit {3 if fate == 'fail' else 0}", "num_gpus": rng.randint(1, 8)}
+            {"entry": f"sleep {seconds}; exit {3 if fate == 'fail' else 0}", "num_gpus": rng.choice(SHAPES)}
         )
         fates.append(fate)
     jobs = client.submit_many(entries[:100], grace=1) + client.submit_many(entries[100:], grace=1)

@@ -99,6 +99,7 @@ def numbers(step: dict[str, Any]) -> tuple[float, float, float, float]:
     return step["free_before"], step["free_after"], step["charged_before"], step["charged_after"]
 
 
+@pytest.mark.long
 def test_killed_outright_it_leaves_nothing(start: Callable[..., subprocess.Popen[str]]) -> None:
     demo = start("-g", "1")
     assert demo.stdout is not None

@@ -75,6 +75,7 @@ def listening(local: LocalRay) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_a_cluster_of_two_nodes_is_as_ordered_and_ends_with_its_launcher() -> None:
     labels = [{}, {"ray.io/accelerator-type": "A100", "rack": "7"}]
     with LocalRay.start(num_gpus=2, num_cpus=1, nodes=2, labels=labels) as local:

@@ -67,6 +67,7 @@ def rmctl(*words: str, address: str, home: Path) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.long
 def test_a_damaged_ledger_is_restored_and_running_jobs_notice_nothing(tmp_path: Path) -> None:
     home, backup, pids = tmp_path / "home", tmp_path / "ledger.backup", tmp_path / "pids"
     with LocalRay.start(num_gpus=2, num_cpus=2, dashboard=False) as ray:

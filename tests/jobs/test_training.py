@@ -189,6 +189,7 @@ class TestDigits:
         assert 30 <= resumed.number(r"resumed at step (\d+) of 80 from .*") < 80
         assert resumed.digest == undisturbed.digest
 
+    @pytest.mark.long
     def test_a_gang_leaves_together_and_one_of_another_size_goes_on(
         self, start: Start, tmp_path: Path
     ) -> None:
@@ -216,6 +217,7 @@ class TestDigits:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_gpt_learns_and_a_kill_changes_nothing(start: Start, tmp_path: Path) -> None:
     small = ("--steps", 160, "--layers", 1)
