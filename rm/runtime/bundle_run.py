@@ -122,13 +122,10 @@ class BundleRun:
         if self._stop_asked:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
         shipper = LogShipper(store, order, processes)
-        self._launched = await Launched.start(
-            f"{order.job_id}.{order.attempt}",
-            processes,
-            order.grace_s,
-            self._preloading.nursery(processes) or self._nursery,
-            str(workspace.path),
-        )
+        nursery = self._preloading.nursery(processes) or self._nursery
+        attempt = f"{order.job_id}.{order.attempt}"
+        self._launched = await Launched.start(attempt, processes, order.grace_s, nursery, str(workspace.path))
+        nursery.prepare()
         self._shipper = shipper
         self._started.set()
         if self._stop_asked:

@@ -404,6 +404,7 @@ class Keeper:
         """Fork every rank; their execs go on in parallel. One that cannot be forked fails like any other."""
         self.grace_s = float(message["grace_s"])
         self.scratch = message.get("scratch", "")
+        call_oneself(message["attempt"].encode())
         self.ranks = [Rank(order) for order in message["procs"]]
         unborn: list[Rank] = []
         for rank in self.ranks:

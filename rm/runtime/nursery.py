@@ -7,6 +7,7 @@ next attempt starts another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
@@ -28,10 +29,22 @@ class Talk:
         self._reader = reader
         self._writer = writer
         self._transport = transport
+        self._first = b""
+
+    async def ready(self) -> None:
+        """Wait for its first words, which say that it listens."""
+        self._first = await self._reader.readline()
+
+    @property
+    def waits(self) -> bool:
+        """Of one that was `ready`: whether it still is."""
+        return bool(self._first) and not self._reader.at_eof()
 
     async def lines(self) -> AsyncIterator[bytes]:
         """What it says, to the end, which is when neither keeper nor guard lives any more."""
         try:
+            if self._first:
+                yield self._first
             async for line in self._reader:
                 yield line
         finally:
@@ -61,6 +74,8 @@ class Nursery:
         self._env = env
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
+        self._spare: Talk | None = None
+        self._preparing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start the process, unless it runs. Raises OSError where this machine can't start one more."""
@@ -88,7 +103,29 @@ class Nursery:
             return b""
 
     async def keeper(self, attempt: str) -> Talk:
-        """A guard and a keeper for the attempt: what they say, and where they are told. Raises OSError."""
+        """A guard and a keeper for the attempt, the one that was prepared if there is one. Raises OSError."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            if spare.waits:
+                return spare
+            spare.break_off()
+        return await self._new(attempt)
+
+    def prepare(self) -> None:
+        """Have a keeper ready for the attempt to come: it takes milliseconds to make, and now nobody waits for it."""
+        if self._spare is None and (self._preparing is None or self._preparing.done()):
+            self._preparing = asyncio.create_task(self._prepare(), name="prepare a keeper")
+
+    async def _prepare(self) -> None:
+        with contextlib.suppress(OSError):  # the attempt to come will try again, and say so
+            spare = await self._new("rm-keeper")
+            await spare.ready()
+            if self._spare is None and self.alive:
+                self._spare = spare
+            else:
+                spare.break_off()
+
+    async def _new(self, attempt: str) -> Talk:
         # Not one socket for both ways: an answer must still be read when the other side no longer listens.
         hears, says = socket.socketpair()
         told, tells = socket.socketpair()
@@ -116,6 +153,9 @@ class Nursery:
 
     def close(self) -> None:
         """End it. Attempts under way go on: they are not its."""
+        if self._spare is not None:
+            self._spare.break_off()
+            self._spare = None
         if self._requests is not None:
             self._requests.close()
         if self._process is not None:

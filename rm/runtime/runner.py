@@ -47,6 +47,7 @@ class Runner:
 
     async def seat(self) -> Seat:
         """Where this runner is, and a port that is free there now."""
+        self._nursery.prepare()
         return Seat(
             node_id=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +368,58 @@ def test_a_cancelled_start_leaves_nothing(attempt: Any, after_s: float) -> None:
         await asyncio.to_thread(attempt.until, lambda: not attempt.alive())
 
     asyncio.run(scenario())
+
+
+# --- a keeper that was prepared ----------------------------------------------------------------------------
+
+
+def test_a_prepared_keeper_is_used_once(attempt: Any) -> None:
+    async def scenario() -> None:
+        nursery = attempt.nursery
+        nursery.prepare()
+        await nursery._preparing
+        spare = nursery._spare
+        first = await attempt.start([attempt.rank(0, "sh", "-c", "echo one; exit 3")], 5.0)
+        assert first._talk is spare
+        second = await attempt.start([attempt.rank(1, "echo", "two")], 5.0)
+        assert second._talk is not spare
+        assert [(await each.wait()).exits[0].code for each in (first, second)] == [3, 0]
+        assert first.keeper_pids != second.keeper_pids
+
+    asyncio.run(scenario())
+    assert (attempt.out(0), attempt.out(1)) == ("one\n", "two\n")
+
+
+def test_a_prepared_keeper_that_was_killed_is_not_used(attempt: Any) -> None:
+    async def scenario() -> None:
+        nursery = attempt.nursery
+        nursery.prepare()
+        await nursery._preparing
+        ready = json.loads(nursery._spare._first)
+        for pid in (ready["guard"], ready["keeper"]):
+            os.kill(pid, signal.SIGKILL)
+        await until_async(lambda: not nursery._spare.waits)
+        launched = await attempt.start([attempt.rank(0, "true")], 5.0)
+        assert (await launched.wait()).exits[0].code == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_prepared_keeper_goes_with_its_nursery(attempt: Any) -> None:
+    async def scenario() -> None:
+        attempt.nursery.prepare()
+        await attempt.nursery._preparing
+        ready = json.loads(attempt.nursery._spare._first)
+        attempt.nursery.close()
+        await asyncio.to_thread(
+            attempt.until, lambda: attempt.gone(ready["guard"]) and attempt.gone(ready["keeper"])
+        )
+
+    asyncio.run(scenario())
+
+
+async def until_async(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
