@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Select, Table, bindparam, delete, func, select, text, update
+from sqlalchemy import Connection, Dialect, Select, Table, bindparam, delete, func, select, text, update
 
 from rm.core.books import Owner
 from rm.core.events import Event, NodeJoined, NodeLost
@@ -271,12 +271,18 @@ def _insert(connection: Connection, table: Table, rows: Sequence[Fields]) -> Non
 
     Only for columns whose values go to the driver as they are: texts, numbers and None.
     """
-    compiled = table.insert().compile(dialect=connection.dialect, column_keys=list(rows[0]))
-    names = compiled.positiontup
+    statement, names = _insertion(table, connection.dialect, tuple(rows[0]))
     if names is None:
-        connection.exec_driver_sql(str(compiled), list(rows))
+        connection.exec_driver_sql(statement, list(rows))
     else:
-        connection.exec_driver_sql(str(compiled), [tuple(row[name] for name in names) for row in rows])
+        connection.exec_driver_sql(statement, [tuple(row[name] for name in names) for row in rows])
+
+
+@lru_cache(maxsize=16)
+def _insertion(table: Table, dialect: Dialect, fields: tuple[str, ...]) -> tuple[str, list[str] | None]:
+    """The statement in the driver's words, and the fields in the order of its places; None where these have names."""
+    compiled = table.insert().compile(dialect=dialect, column_keys=list(fields))
+    return str(compiled), compiled.positiontup
 
 
 def _parts(columns: Sequence[str]) -> Iterator[Sequence[str]]:

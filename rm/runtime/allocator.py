@@ -108,6 +108,7 @@ VIEWS_A_SLICE = 250
 """Views that are made without letting others have their turn."""
 MOST_FORECASTS = 8
 """Estimates that are under way or wait for their turn; who asks beyond that is told so."""
+FEW = 8
 PROGRESS_KEPT = 2_000
 """Jobs whose latest report is at hand."""
 SAME_CHECKPOINT_S = 0.05
@@ -356,7 +357,8 @@ class Allocator:
                 f"entries: {count} jobs in one step, and at most {MAX_ARRAY} can be; submit them in parts",
                 field="entries",
             )
-        texts = await asyncio.to_thread(stored, specs)
+        # A thread takes longer to hand over to than a few requests to write.
+        texts = stored(specs) if len(specs) <= FEW else await asyncio.to_thread(stored, specs)
         if count <= BULK:
             ids = await self._submit(specs, keys, texts)
         else:
