@@ -113,8 +113,8 @@ class Gangs:
         stop, spec = self._stops.get(key), self._requests.at_hand(effect.job_id)
         if spec is None or (stop is not None and stop.asked.is_set()):
             return None
-        seen = self._watch.seen
-        if any(seen.gone(each.node_id) for each in effect.placed) or not self._may_take(attempt, spec):
+        nodes = {each.node_id for each in effect.placed}
+        if self._gone(nodes, self._watch.seen) or not self._may_take(attempt, spec):
             return None
         if not self._stands.promise(attempt, effect.gang, effect.placed, spec.runtime_env):
             return None

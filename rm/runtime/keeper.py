@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any, NoReturn
 
+ATTEMPT_KEY = "RM_ATTEMPT_KEY"  # the environment variable that marks every process of an attempt
 REAP_LIMIT_S = 10.0  # how long a SIGKILLed process may take to die before it is reported as stuck
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36

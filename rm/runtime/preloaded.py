@@ -24,7 +24,7 @@ from typing import Any
 
 from rm.runtime import entry, keeper
 
-MARK = "RM_ATTEMPT_KEY"
+MARK = keeper.ATTEMPT_KEY
 ROOM = 256
 """Bytes that are kept free for the mark in the memory that /proc shows as this process's environment."""
 MOST_FILES = 1 << 16

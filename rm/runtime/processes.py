@@ -21,7 +21,7 @@ from typing import Any
 from rm.runtime import keeper
 from rm.runtime.nursery import Nursery, Talk
 
-ATTEMPT_KEY = "RM_ATTEMPT_KEY"
+ATTEMPT_KEY = keeper.ATTEMPT_KEY
 """The environment variable that marks every process of an attempt; `sweep` finds them by it."""
 
 SWEEP_LIMIT_S = 10.0

@@ -75,13 +75,19 @@ def play(fake: FakeCluster, actions: list[tuple]) -> None:
             fake.add_node(f"x{joined}", rest[0])
 
 
-@settings(max_examples=300, deadline=None)
-@given(ACTIONS)
-def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: list[tuple]) -> None:
+def played(actions: list[tuple]) -> FakeCluster:
+    """Two nodes, of 4 and 8 GPUs, on which all of it has happened."""
     fake = FakeCluster()
     fake.add_node("n0", 4)
     fake.add_node("n1", 8)
     play(fake, actions)
+    return fake
+
+
+@settings(max_examples=300, deadline=None)
+@given(ACTIONS)
+def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: list[tuple]) -> None:
+    fake = played(actions)
     assert schedule(fake.state, fake.now).events == (), "a second cycle at the same moment is empty"
     fake.add_node("big", 8)
     fake.add_node("big2", 8)
@@ -103,10 +109,7 @@ def test_the_books_balance_at_every_moment_and_all_is_free_at_the_end(actions: l
 @settings(max_examples=200, deadline=None)
 @given(ACTIONS)
 def test_nothing_starts_on_a_cordoned_node_and_nothing_stays_on_a_drained_one(actions: list[tuple]) -> None:
-    fake = FakeCluster()
-    fake.add_node("n0", 4)
-    fake.add_node("n1", 8)
-    play(fake, actions)
+    fake = played(actions)
     cordoned: set[str] = set()
     for event in fake.history:
         match event:
@@ -127,10 +130,7 @@ def test_nothing_starts_on_a_cordoned_node_and_nothing_stays_on_a_drained_one(ac
 @settings(max_examples=100, deadline=None)
 @given(ACTIONS)
 def test_a_quarantine_takes_what_is_free_and_no_more_and_gives_all_of_it_back(actions: list[tuple]) -> None:
-    fake = FakeCluster()
-    fake.add_node("n0", 4)
-    fake.add_node("n1", 8)
-    play(fake, actions)
+    fake = played(actions)
     for node_id in sorted(fake.state.nodes):
         fake.quarantine(node_id, 8)
     before = fake.state.totals()
