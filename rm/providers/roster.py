@@ -111,8 +111,13 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
 
 def _lock(directory: Path, make: bool) -> int | None:
     """A descriptor that holds the lock; None if what it locks is no longer the directory of this name."""
-    if make:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        if make:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise
+        return None  # it was there for `mkdir` and gone for the question whether it is a directory
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

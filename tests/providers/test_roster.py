@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -97,22 +98,56 @@ def test_a_holder_that_is_killed_lets_go(file: RosterFile) -> None:
         holder.communicate()
 
 
-def test_who_waited_for_a_directory_that_was_removed_makes_a_new_one(tmp_path: Path) -> None:
+def test_who_waited_for_a_directory_that_was_removed_makes_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "d"
-    entered = threading.Event()
+    waiting, entered = threading.Event(), threading.Event()
+    flock = fcntl.flock
 
     def wait_for_it() -> None:
         with locked(directory, make=True):
             assert directory.exists()
             entered.set()
 
+    def told(descriptor: int, operation: int) -> None:
+        waiting.set()  # its directory is open: what is removed from here on is the one it waits for
+        flock(descriptor, operation)
+
     with locked(directory, make=True):
+        monkeypatch.setattr(fcntl, "flock", told)
         waiter = threading.Thread(target=wait_for_it)
         waiter.start()
+        assert waiting.wait(10)
         directory.rmdir()
         directory.mkdir()  # the same name, another directory
     waiter.join(10)
     assert entered.is_set()
+
+
+def test_a_directory_that_goes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "d"
+    directory.mkdir()
+    is_dir = Path.is_dir
+
+    def gone(self: Path) -> bool:  # `mkdir` found it there and asks what it is
+        if self == directory:
+            monkeypatch.setattr(Path, "is_dir", is_dir)
+            directory.rmdir()
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", gone)
+    with locked(directory, make=True):
+        assert directory.exists()
+    assert Path.is_dir is is_dir
+
+
+def test_a_file_where_the_directory_should_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "d").touch()
+    with pytest.raises(FileExistsError), locked(tmp_path / "d", make=True):
+        pass
 
 
 def test_it_is_removed_with_all_that_is_in_it(file: RosterFile) -> None:
