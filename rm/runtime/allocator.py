@@ -928,14 +928,18 @@ class Allocator:
                     ranks=ranks * (len(job.attempt.placed) if job.attempt else job.gang.count),
                     reason=reasons.get(job.id),
                     as_of=now,
-                    stand=self._placements.name(attempt_key(job.id, job.attempt.number))
-                    if job.attempt
-                    else "",
+                    stand=self._stand(job),
                 )
             )
             if not len(views) % VIEWS_A_SLICE:
                 await asyncio.sleep(0)
         return views
+
+    def _stand(self, job: Job) -> str:
+        """The name of the stand that the job has. As committed where it is: in memory it may be the next one's yet."""
+        if job.attempt is None:
+            return ""
+        return job.attempt.stand or self._placements.name(attempt_key(job.id, job.attempt.number))
 
     def _reasons(self, jobs: Iterable[Job]) -> dict[str, Reason]:
         """Why those of the jobs wait that do: by id."""

@@ -27,15 +27,15 @@ class Auditor(threading.Thread):
 
     Faster, it would take a good part of the two cores from what it watches.
 
-    One sample is charges, Ray's table, charges. An attempt that Ray shows must be charged in one of the two
-    readings around it; where both readings are equal and nothing is in transition, the table must be equal too.
+    One sample is charges, Ray's table, charges. A stand that Ray shows must be charged, or idle, in one of the two
+    readings around it. One on which jobs run in both must be in the table: a name never comes back.
     """
 
     def __init__(self, client) -> None:
         super().__init__(daemon=True)
         self.client = client
         self.stop = threading.Event()
-        self.samples = self.calm = self.most = 0
+        self.samples = self.settled = self.most = 0
         self.doubtful: dict[str, int] = {}
         """By group, how many samples in a row have not seen its charge."""
         self.violations: list[str] = []
@@ -55,11 +55,12 @@ class Auditor(threading.Thread):
                 self.violations.append(f"held in Ray and not charged: {long}")
             if self.most > TOTAL_GPUS:
                 self.violations.append(f"charged more than there is: {self.most}")
-            if before == after and all(status == "RUNNING" for status, _ in before.values()):
-                self.calm += 1
-                # One that was warm in between and is taken again counts: it was charged on both sides.
-                if held - (warm - before.keys()) != before.keys():
-                    self.violations.append(f"nothing in transition, yet {held} is not {before.keys()}")
+            running = {
+                name for name in before.keys() & after.keys() if _runs(before[name]) and _runs(after[name])
+            }
+            self.settled += len(running)
+            if running - held:
+                self.violations.append(f"jobs run on them, and Ray has not got them: {running - held}")
             if not uncharged:
                 time.sleep(0.1)
 
@@ -71,6 +72,10 @@ class Auditor(threading.Thread):
         nodes = self.client.nodes()
         self.most = max(self.most, sum(node.charged_gpus for node in nodes))
         return {name for node in nodes for name in node.warm}
+
+
+def _runs(charge: tuple[str, float]) -> bool:
+    return charge[0] == "RUNNING"
 
 
 def test_two_hundred_random_jobs(client) -> None:
@@ -110,10 +115,11 @@ def test_two_hundred_random_jobs(client) -> None:
     again = {view.id: client.job(view.id).events() for view in ended if view.attempts > 1}
     assert not again, "nobody ran twice"
     assert auditor.violations == []
-    assert auditor.samples > 100
+    assert auditor.samples > 30
+    assert auditor.settled > 10, "and saw jobs run"
     assert auditor.most > TOTAL_GPUS / 2, "the cluster was used"
     wait_until(lambda: not groups(), 5, "no group is left in Ray's table")
     nodes = client.nodes()
     assert sum(node.charged_gpus for node in nodes) == 0
     assert sum(node.free_gpus for node in nodes) == TOTAL_GPUS
-    print(f"{auditor.samples} samples, {auditor.calm} calm, {Counter(v.status for v in ended)}")
+    print(f"{auditor.samples} samples, {auditor.settled} seen running, {Counter(v.status for v in ended)}")
