@@ -100,8 +100,6 @@ class Gangs:
         """Attempts whose stand was kept when they ended, until that is committed."""
         self._unordered: set[_Key] = set()
         """Attempts whose group we have got and that we have not run yet: no runner can have an order of theirs."""
-        self._foreseen: set[_Key] = set()
-        """Attempts that have taken over a stand, until that is committed."""
         self._unsettled: OrderedDict[str, tuple[str, list[Any], list[str]]] = OrderedDict()
         """By job, of its last attempt's end: the attempt, the runners, and the keys of what ran there."""
 
@@ -118,24 +116,19 @@ class Gangs:
             return None
         if not self._stands.promise(attempt, effect.gang, effect.placed, spec.runtime_env):
             return None
-        self._foreseen.add(key)
         self._unordered.add(key)
         return PlacementReady(self._clock(), *key, self._placements.name(attempt))
 
     def reconsider(self, jobs: Mapping[str, Job]) -> None:
         """What was foreseen may never have been committed; these are the jobs that are."""
-        for key in self._foreseen:
-            job = jobs.get(key[0])
-            if job is None or job.attempt is None or job.attempt.number != key[1]:
-                self._stands.give_back(attempt_key(*key))
-        self._foreseen.clear()
+        self._stands.keep_promises(
+            {attempt_key(job.id, job.attempt.number) for job in jobs.values() if job.attempt is not None}
+        )
 
     def execute(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             key = effect.job_id, effect.attempt
-            if key in self._foreseen:
-                self._foreseen.discard(key)
-                self._stands.confirm(attempt_key(*key))
+            self._stands.kept(attempt_key(*key))
             match effect:
                 case Reserve():
                     self._spawn(Reserve, key, self._reserve(effect))

@@ -18,7 +18,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ REMOVE_AGAIN_S = 5.0
 
 @dataclass(slots=True)
 class Stand:
-    """One group with its runners. `holder`: the attempt that has it, or had it last."""
+    """One group with its runners. `holder`: the attempt that has it, or had it last; `before`: who had it before."""
 
     holder: str
     name: str
@@ -50,6 +50,7 @@ class Stand:
     seats: list[Seat]
     units: Counter[str]
     """GPU units by node."""
+    before: str = ""
     expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -109,7 +110,7 @@ class Stands:
 
         `seats` is where they sit, with ports that are free now.
         """
-        if not self._keep_s or self._placements.handle(attempt) is None:
+        if not self._keep_s or attempt in self._leaving or self._placements.handle(attempt) is None:
             return False
         stand = self._taken.pop(attempt, None)
         if stand is None:
@@ -131,22 +132,29 @@ class Stands:
         return True
 
     def promise(self, attempt: str, gang: Gang, placed: Sequence[PlacedBundle], env: dict[str, Any]) -> bool:
-        """`take`, before that is committed: until `confirm` the stand is nobody's to all who look."""
+        """`take`, before that is committed: until it is `kept` the stand is nobody's to all who look."""
         taken = self.take(attempt, gang, placed, env)
         if taken:
             self._promised.add(attempt)
         return taken
 
-    def confirm(self, attempt: str) -> None:
-        """What was promised to the attempt is committed."""
+    def kept(self, attempt: str) -> None:
+        """If something was promised to the attempt, that is committed now."""
         self._promised.discard(attempt)
 
-    def give_back(self, attempt: str) -> None:
-        """The attempt never was: what it has taken goes."""
-        self._promised.discard(attempt)
-        if (stand := self._taken.pop(attempt, None)) is not None:
-            self._idle[attempt] = stand
+    def keep_promises(self, attempts: Collection[str]) -> None:
+        """These are the attempts that there are: what was promised to others goes.
+
+        It goes under the name of who had it before: another attempt may soon be what the one that never was would
+        have been, and make a group of its own.
+        """
+        for attempt in self._promised.difference(attempts):
+            stand = self._taken.pop(attempt)
+            self._placements.hand_over(attempt, stand.before)
+            stand.holder = stand.before
+            self._idle[stand.holder] = stand
             self._retire(stand)
+        self._promised.clear()
 
     def may_take(self, gang: Gang, placed: Sequence[PlacedBundle]) -> bool:
         """Whether an idle stand has these bundles in these places, whatever its runtime_env."""
@@ -162,7 +170,7 @@ class Stands:
                 assert stand.expiry is not None
                 stand.expiry.cancel()
                 self._placements.hand_over(stand.holder, attempt)
-                stand.holder = attempt
+                stand.before, stand.holder = stand.holder, attempt
                 self._taken[attempt] = stand
                 return True
         return False
