@@ -146,7 +146,7 @@ def test_whatever_ends_the_demo_its_processes_and_files_go(how: signal.Signals) 
         directory, pid = starter.stdout.readline().split()
         assert Path(directory, "file").exists()
         starter.send_signal(how)
-        starter.wait(30)
+        starter.wait(120)
     deadline = time.monotonic() + 20
     while Path(directory).exists() and time.monotonic() < deadline:
         time.sleep(0.05)

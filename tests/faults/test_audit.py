@@ -52,7 +52,7 @@ def test_a_job_whose_group_somebody_removes_is_tried_again(client, tmp_path: Pat
     remove_placement_group(group_named(f"rm/{client.ledger_key}/{job.view().stand}"))
     audit = client.audit()
     assert all(each.repaired for each in audit.findings), audit
-    view = job.wait(60)
+    view = job.wait(120)
     assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1), "lost once"
     wait_until(lambda: charged(client) == 0, 20, "nothing is charged")
     assert client.audit().findings == ()

@@ -135,7 +135,7 @@ def killed_and_back(tmp_path: Path) -> None:
                 wait_until(lambda: not ranks(doomed), 10, "what is cancelled ends before its end is booked")
                 here.start_gcs()
                 back_at = time.monotonic()
-                assert doomed.wait(60).status == "CANCELLED"
+                assert doomed.wait(120).status == "CANCELLED"
                 wait_until(lambda: readings.all_heard_since(back_at), 20, "all have reported to the new GCS")
                 assert (ranks(gang), client.hello()["pid"]) == (before, allocator), "the very same processes"
                 assert group_nodes(gang, lease.job) == live
@@ -143,8 +143,8 @@ def killed_and_back(tmp_path: Path) -> None:
                 assert client.audit().findings == ()
             assert readings.wrong == [], readings.wrong[:3]
         gate.touch()
-        assert whole.wait(60).status == "SUCCEEDED"
-        assert [job.wait(60).status for job in (gang, *late_jobs)] == ["SUCCEEDED"] * 6
+        assert whole.wait(120).status == "SUCCEEDED"
+        assert [job.wait(120).status for job in (gang, *late_jobs)] == ["SUCCEEDED"] * 6
         assert {job.view().attempts for job in (gang, whole, *late_jobs)} == {1}
         names = sorted(job.last.name for job in client.jobs(all=True) if job.last.name.startswith("late"))
         assert names == [f"late-{n}" for n in range(5)], "each was accepted once"
@@ -182,14 +182,14 @@ def deaths_meanwhile(tmp_path: Path) -> None:
             assert (ran.returncode, "nothing listens there" in ran.stderr) == (3, True), ran.stderr
             time.sleep(max(0.0, back_at - time.monotonic()))
             here.start_gcs()
-            assert late.result(60).wait(60).status == "SUCCEEDED"
-            view = hit.wait(60)
+            assert late.result(60).wait(120).status == "SUCCEEDED"
+            view = hit.wait(120)
             assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
             assert lease.job.status == "RUNNING", "a holder is given its whole time again"
             assert counts.view().attempts == 1
             gate.touch()
-            assert counts.wait(60).status == "SUCCEEDED"
-        assert queued.wait(60).status == "SUCCEEDED"
+            assert counts.wait(120).status == "SUCCEEDED"
+        assert queued.wait(120).status == "SUCCEEDED"
         lines = counts.logs().split()
         assert lines == [str(n) for n in range(1, len(lines) + 1)], "no line is lost, and none is there twice"
         assert len(client.jobs(all=True)) == 5
@@ -224,7 +224,7 @@ def another_head(tmp_path: Path) -> None:
         assert charged(client) == GPUS
         gate.touch()
         for job in (gang, queued):
-            view = client.job(job.id).wait(60)
+            view = client.job(job.id).wait(120)
             assert (view.status, view.attempts) == ("SUCCEEDED", 1)
         assert client.job(gang.id).logs(rank=0) == "through\n"
         in_order(here)
@@ -241,7 +241,7 @@ def a_new_ray(tmp_path: Path) -> None:
     old = RedisWorld(home, None)
     client = old.client
     ended = client.submit("echo done", num_gpus=1)
-    assert ended.wait(60).status == "SUCCEEDED"
+    assert ended.wait(120).status == "SUCCEEDED"
     saved = "$RM_CHECKPOINT_DIR/saved"
     script = f"cat {saved}; echo $RM_ATTEMPT $$ >> {tries}; echo kept > {saved}; {waiting(gate)}"
     running = client.submit(script, num_gpus=1)
@@ -274,21 +274,21 @@ def a_new_ray(tmp_path: Path) -> None:
         assert (node.status, node.cordon["reason"]) == ("cordoned", "a fan is loud"), "as the machine was"
         wait_until(lambda: client.job(running.id).status == "QUEUED", 30, "its attempt is lost")
         assert not Path(f"/proc/{first}").exists(), "before it is queued again"
-        assert client.job(lease.id).wait(60).status == "CANCELLED", "its holder is gone"
-        assert client.job(held).wait(60).status == "FAILED", "its holder is not, but what he held is"
+        assert client.job(lease.id).wait(120).status == "CANCELLED", "its holder is gone"
+        assert client.job(held).wait(120).status == "FAILED", "its holder is not, but what he held is"
         wait_until(
             lambda: "through" in diary.read_text(), 30, "he knows, and his block ends without an allocator"
         )
         learnt_s, _, why = diary.read_text().splitlines()[1].partition(" ")
         assert f"lease {held}: the allocator has not answered" in why, why
-        assert float(learnt_s) < 8 + 4, "within its time-to-live, and the pause before"
+        assert float(learnt_s) < 8 + 20, "within its time-to-live, and the pause before"
         assert client.uncordon(node.name)[0].status == "ready"
         gate.touch()
-        view = client.job(running.id).wait(60)
+        view = client.job(running.id).wait(120)
         assert (view.status, view.attempts, view.infra_failures) == ("SUCCEEDED", 2, 1)
         assert view.submitted_at == submitted
         assert client.job(running.id).logs() == "kept\nthrough\n"
-        assert client.job(queued.id).wait(60).status == "SUCCEEDED"
+        assert client.job(queued.id).wait(120).status == "SUCCEEDED"
         assert client.job(ended.id).logs() == "done\n"
         assert len(client.jobs(all=True)) == 5
         assert kinds(client).count("NodeLost") == 2

@@ -92,7 +92,7 @@ def test_a_gpu_that_a_stray_is_on_is_given_to_nobody_until_it_is_gone(client, dr
 
         # Left to itself Ray gives the first GPU, which the stray is on.
         one = client.submit("echo $CUDA_VISIBLE_DEVICES", num_gpus=1, gpu_type="L4")
-        assert one.wait(60).status == "SUCCEEDED"
+        assert one.wait(120).status == "SUCCEEDED"
         assert one.logs(rank=0) == "1\n"
         both = client.submit("echo $CUDA_VISIBLE_DEVICES", num_gpus=2, gpu_type="L4")
         assert both.why()["evidence"]["quarantined_gpus"] == 1
@@ -108,7 +108,7 @@ def test_a_gpu_that_a_stray_is_on_is_given_to_nobody_until_it_is_gone(client, dr
         stray.wait()
     driver.says([], [])
     wait_until(lambda: client.audit() and not the_node(client).quarantined_gpus, 30, "it is given back")
-    assert both.wait(60).status == "SUCCEEDED"
+    assert both.wait(120).status == "SUCCEEDED"
     assert both.logs(rank=0) == "0,1\n"
     assert not [name for name in actor_pids() if name.startswith("rm-warden/")]
     told = [event.body["units"] for event in client.events(limit=100_000) if event.kind == "GpusQuarantined"]

@@ -75,7 +75,7 @@ def autoscaling(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         finally:
             ray.shutdown()
             process.stdin.close()
-            process.wait(60)
+            process.wait(120)
             process.stdout.close()
 
 

@@ -124,11 +124,11 @@ def test_a_result_that_is_too_large_says_what_to_do(client) -> None:
 def test_a_missing_script_and_a_missing_command(client) -> None:
     script = client.submit("python no_such_script.py", num_gpus=1)
     command = client.submit(["no-such-command", "--flag"], num_gpus=1)
-    view = script.wait(60)
+    view = script.wait(120)
     assert view.status == "FAILED"
     assert view.outcome["exit_code"] == 2
     assert "no_such_script.py" in " ".join(view.outcome["tail"])
-    view = command.wait(60)
+    view = command.wait(120)
     assert view.status == "FAILED"
     said = view.outcome["message"]
     assert re.match(r"rank 0 on [^ ]+: command 'no-such-command' was not found on PATH", said), said
@@ -144,7 +144,7 @@ def test_a_missing_script_and_a_missing_command(client) -> None:
 )
 def test_how_a_child_ended_is_told(client, command: str, code, signal, says: str) -> None:
     job = client.submit(command, num_gpus=1)
-    view = job.wait(60)
+    view = job.wait(120)
     assert view.status == "FAILED"
     assert (view.outcome["exit_code"], view.outcome["signal"]) == (code, signal)
     assert says in view.outcome["message"]
@@ -155,7 +155,7 @@ def test_retries_of_user_code_when_asked(client, tmp_path: Path) -> None:
     job = client.submit(
         f"echo x >> {tmp_path}/tries; test $(wc -l < {tmp_path}/tries) = 3", num_gpus=1, max_retries=2
     )
-    view = job.wait(60)
+    view = job.wait(120)
     assert (view.status, view.attempts, view.failures) == ("SUCCEEDED", 3, 2)
 
 
@@ -170,7 +170,7 @@ def test_100_mb_of_output_arrive_whole(client) -> None:
 
 def test_a_closed_stdout_does_no_harm(client) -> None:
     job = client.submit("exec >&- 2>&-; sleep 0.5; exit 4", num_gpus=1)
-    assert job.wait(60).outcome["exit_code"] == 4
+    assert job.wait(120).outcome["exit_code"] == 4
 
 
 def test_grandchildren_that_are_left_behind_are_ended(client) -> None:
@@ -179,7 +179,7 @@ def test_grandchildren_that_are_left_behind_are_ended(client) -> None:
         f"(setsid sleep 1000 &) ; nohup sleep 1000 & (env -i setsid {unmarked} &) ; sleep 0.3; echo started"
     )
     job = client.submit(command, num_gpus=1)
-    assert job.wait(60).status == "SUCCEEDED"
+    assert job.wait(120).status == "SUCCEEDED"
     assert not user_processes()
     assert not processes_with("", command=unmarked), (
         "without our mark in its environment it is found by descent"
@@ -191,7 +191,7 @@ def test_sigterm_ignored_by_all_of_a_tree_is_no_way_out(client) -> None:
     wait_until(lambda: job.status == "RUNNING", what="it runs")
     time.sleep(0.5)
     job.cancel()
-    assert job.wait(30).status == "CANCELLED"
+    assert job.wait(120).status == "CANCELLED"
     assert not user_processes()
 
 
@@ -220,7 +220,7 @@ def test_names_with_tricks_are_only_names(client) -> None:
     entries = [{"entry": "true", "name": name, "owner": name} for name in tricks]
     jobs = client.submit_many(entries, num_gpus=1)
     for job, name in zip(jobs, tricks, strict=True):
-        assert job.wait(60).status == "SUCCEEDED"
+        assert job.wait(120).status == "SUCCEEDED"
         assert (job.view().name, job.view().owner) == (name, name)
         assert [each.id for each in client.jobs(all=True, owner=name)] == [job.id]
         assert "<script>" not in job._repr_html_()

@@ -41,7 +41,7 @@ def rules(client) -> Iterator[Callable[[Policy], None]]:
     yield put
     for job in client.jobs():
         job.cancel()
-        job.wait(30)
+        job.wait(120)
     put(Policy())
 
 
@@ -57,7 +57,7 @@ def runs(*jobs: Any) -> None:
 
 def succeeds(*jobs: Any) -> None:
     for job in jobs:
-        view = job.wait(60)
+        view = job.wait(120)
         assert view.status == "SUCCEEDED", (job.id, view.outcome)
 
 
@@ -199,7 +199,7 @@ def test_jobs_wait_for_each_other(client, tmp_path: Path) -> None:
     gate.touch()
     succeeds(first, second, third)
     for job in (never, nor_this):
-        view = job.wait(30)
+        view = job.wait(120)
         assert (view.status, view.attempts) == ("CANCELLED", 0)
     assert f"{fails.id}, which had to succeed first, ended FAILED" in never.last.outcome["message"]
     succeeds(client.submit("true", num_gpus=1, after=[first, second]))
@@ -219,7 +219,7 @@ def test_an_array_is_many_jobs_under_one_id(client) -> None:
     last = client.submit("true", num_gpus=1, after=jobs[:3], name="after it")
     assert len(last.last.after) == 3
     array.release()
-    assert array.wait(60).status == "CANCELLED", "one of them was"
+    assert array.wait(120).status == "CANCELLED", "one of them was"
     assert array.last.array_counts == {"SUCCEEDED": 3, "CANCELLED": 1}
     assert [job.logs() for job in jobs[:3]] == [f"{index} of 4\n" for index in range(3)]
     succeeds(last)
@@ -243,7 +243,7 @@ def test_an_array_of_functions_returns_a_list_and_is_cancelled_as_one(client) ->
     array = client.submit("sleep 1000", num_gpus=8, array=5)
     wait_until(lambda: (array.view().array_counts or {}).get("RUNNING") == 3, 30, "three of five run")
     array.cancel()
-    assert array.wait(60).array_counts == {"CANCELLED": 5}
+    assert array.wait(120).array_counts == {"CANCELLED": 5}
     assert not user_processes()
 
 
@@ -311,7 +311,7 @@ def test_an_elastic_training_is_shrunk_for_who_comes_first_and_goes_on_from_its_
     gang = client.submit(train, nodes=3, min_nodes=1, gpus_per_node=8, nproc_per_node=1)
     runs(gang)
     assert (gang.last.held_gpus, gang.last.ranks) == (16, 2), "what there was"
-    wait_until(lambda: gang.view().checkpoint_at, 20, "it has a checkpoint")
+    wait_until(lambda: gang.view().checkpoint_at, 60, "it has a checkpoint")
     first = client.submit(until(gate), num_gpus=8, priority="high")
     runs(first)
     wait_until(lambda: (gang.view().status, gang.last.attempts) == ("RUNNING", 2), 20, "it goes on with one")
@@ -319,7 +319,7 @@ def test_an_elastic_training_is_shrunk_for_who_comes_first_and_goes_on_from_its_
     assert (gang.last.evictions, gang.last.failures, gang.last.infra_failures) == (1, 0, 0)
     stops = [each.body for each in gang.events() if each.kind == "StopRequested"]
     assert stops == [{"cause": "resized", "by": first.id}]
-    wait_until(lambda: gang.view().checkpoint_at, 20, "it has another one")
+    wait_until(lambda: gang.view().checkpoint_at, 60, "it has another one")
     gate.touch()
     succeeds(filler, first, gang)
     world_size, begun, step = gang.result()

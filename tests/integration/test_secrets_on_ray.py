@@ -74,7 +74,7 @@ def test_a_secret_stays_with_its_job(ray_cluster, client, capsys: pytest.Capture
     running.cancel()
     held.cancel()
     for job in jobs:
-        job.wait(60)
+        job.wait(120)
     assert failing.last.outcome["exit_code"] == 3, "the job has both of them"
     with pytest.raises(JobFailed) as caught:
         raising.result()

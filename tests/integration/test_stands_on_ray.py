@@ -14,7 +14,7 @@ HERE = {"num_gpus": 2, "gpu_type": "H100"}
 
 
 def ended(job: Any) -> Any:
-    view = job.wait(60)
+    view = job.wait(120)
     assert view.status == "SUCCEEDED", view
     return view
 

@@ -23,7 +23,7 @@ from ray._private.state import actors
 where = {each["Name"]: each["Address"]["NodeID"] for each in actors().values() if each["State"] == "ALIVE"}
 (head,) = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
 job = client.submit("echo once", num_gpus=1)
-job.wait(60)
+job.wait(120)
 print(json.dumps({**client.hello(), "on_head": where["allocator"] == head == where["store"], "job": job.id,
                   "allocators": sum(each["Name"] == "allocator" for each in actors().values())}))
 """

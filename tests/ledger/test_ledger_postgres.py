@@ -91,7 +91,7 @@ def test_a_server_that_is_killed_while_it_commits(server: Server, opened: Open, 
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert under_way.wait(30)
+    assert under_way.wait(120)
     server.kill()
     writer.join()
     server.start()

@@ -197,7 +197,7 @@ def test_a_gang_that_ignores_sigterm_gets_the_grace_of_the_order(attempt: Any) -
     outcome = run(attempt, attempt.python(0, IGNORE_TERM), attempt.rank(1, "sh", "-c", wait), grace_s=0.3)
     assert outcome.first_failed == 1
     assert [end.signal_name for end in outcome.exits] == ["SIGKILL", None]
-    assert 0.29 <= outcome.exits[0].at - outcome.exits[1].at < 3
+    assert 0.29 <= outcome.exits[0].at - outcome.exits[1].at < 30
 
 
 def test_a_rank_that_ends_well_leaves_the_others_running(attempt: Any) -> None:
@@ -260,7 +260,7 @@ def test_stop_lets_user_code_save_and_choose_its_code(attempt: Any) -> None:
 def test_sigterm_ignored_is_sigkill_after_the_grace(attempt: Any) -> None:
     outcome, took_s = stop(attempt, attempt.python(0, IGNORE_TERM), 0.3)
     assert [end.signal_name for end in outcome.exits] == ["SIGKILL"]
-    assert 0.29 <= took_s < 10
+    assert 0.29 <= took_s < 30
 
 
 def test_stop_again_signals_once_and_shortens_the_grace(attempt: Any) -> None:
@@ -268,7 +268,7 @@ def test_stop_again_signals_once_and_shortens_the_grace(attempt: Any) -> None:
     outcome, took_s = stop(attempt, attempt.python(0, code + "while True: time.sleep(99)"), 60.0, 0.3, 60.0)
     assert [end.signal_name for end in outcome.exits] == ["SIGKILL"]
     assert attempt.out(0) == "T\n"
-    assert took_s < 10
+    assert took_s < 30
 
 
 def test_the_grace_is_the_whole_group_s_when_sigterm_kills_its_shell(attempt: Any) -> None:
@@ -335,7 +335,7 @@ def test_the_loop_may_run_in_another_thread(attempt: Any) -> None:
     outcomes: list[LaunchOutcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(run(attempt, attempt.daemon(0))))
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert [end.code for end in outcomes[0].exits] == [0]
     assert outcomes[0].leftovers_killed == 1
 

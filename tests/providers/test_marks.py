@@ -61,7 +61,7 @@ def test_only_this_nodes_processes_end(start: Start, tmp_path: Path) -> None:
     ours = [start(f"{tmp_path}/n1"), start(f"{tmp_path}/n1")]
     others = [start(f"{tmp_path}/n12"), start(f"{tmp_path}-/n1"), start(f"{tmp_path}"), start("")]
     end(f"{tmp_path}/n1", NODE)
-    assert all(each.wait(5) < 0 for each in ours)
+    assert all(each.wait(30) < 0 for each in ours)
     assert all(each.poll() is None for each in others)
     end(str(tmp_path), NODE)
     assert [each.poll() is None for each in others] == [False, True, False, True]
@@ -94,7 +94,7 @@ def test_who_ignores_sigterm_is_killed(start: Start, tmp_path: Path) -> None:
     assert stubborn.stdout is not None
     assert stubborn.stdout.readline() == b"ready\n"
     end(f"{tmp_path}/n", NODE)
-    assert stubborn.wait(5) < 0
+    assert stubborn.wait(30) < 0
     stubborn.stdout.close()
 
 
@@ -109,10 +109,10 @@ def test_stop_ends_the_node_but_not_the_shell_that_asked(start: Start, tmp_path:
         timeout=60,
     )
     assert asked.stdout == "done\n", asked.stderr
-    assert sleeper.wait(5) < 0
+    assert sleeper.wait(30) < 0
     assert neighbour.poll() is None
     assert stop.main(["--cluster", "--mark", f"{tmp_path}/n1"]) == 0
-    assert neighbour.wait(5) < 0
+    assert neighbour.wait(30) < 0
 
 
 def test_stop_without_a_mark_ends_nothing(

@@ -121,7 +121,7 @@ def test_who_waited_for_a_directory_that_was_removed_makes_a_new_one(
         assert waiting.wait(10)
         directory.rmdir()
         directory.mkdir()  # the same name, another directory
-    waiter.join(10)
+    waiter.join(60)
     assert entered.is_set()
 
 

@@ -109,7 +109,7 @@ def test_processes_that_are_left_here_are_ended_first(monkeypatch: pytest.Monkey
         left.stdout.readline()
         world = World(monkeypatch, 0.0)
         world.play([release("here", "old-here")])
-        assert left.wait(10) == -9
+        assert left.wait(120) == -9
         assert (world.done, world.slept) == ([release("here", "old-here")], [])
     finally:
         left.kill()

@@ -137,6 +137,6 @@ def test_a_stand_keeps_its_name_through_many_hands(hands: int) -> None:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)

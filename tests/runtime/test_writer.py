@@ -95,7 +95,7 @@ def draft(key: str, gpus: int = 1, **fields: Any) -> tuple[JobSpec, str, Any]:
     return spec, key, lambda job_id, seq: spec.job(job_id, seq, gang, 0.0)
 
 
-async def until(condition: Any, timeout_s: float = 10) -> None:
+async def until(condition: Any, timeout_s: float = 60) -> None:
     async def poll() -> None:
         while not condition():
             await asyncio.sleep(0.005)
