@@ -6,7 +6,9 @@ Every test on it starts and ends with nothing charged, no group and no user proc
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,23 @@ os.environ["RM_CHECK"] = "1"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def ray_place() -> Iterator[Path]:
+    """Where this process's Ray has its sessions, each with its packages: Ray itself never removes them."""
+    before = os.environ.get("RAY_TMPDIR")
+    place = Path(tempfile.mkdtemp(prefix="rm-t-", dir="/tmp"))  # a longer name leaves none for sockets
+    os.environ["RAY_TMPDIR"] = str(place)
+    try:
+        yield place
+    finally:
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The shared cluster and a client of its allocator."""
     import ray
     from ray.cluster_utils import Cluster

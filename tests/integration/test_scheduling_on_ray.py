@@ -28,7 +28,7 @@ queues:
   vision: {nominal: 16, default_priority: 7}
   text: {nominal: 8, max_time_limit: 10m}
 """
-TRAIN = "python jobs/train_digits.py --steps 30 --checkpoint-every 5"
+TRAIN = "python jobs/train_digits.py --steps 80 --checkpoint-every 5"
 
 
 @pytest.fixture

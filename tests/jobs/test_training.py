@@ -47,6 +47,7 @@ class Attempt:
         for rank in range(ranks):
             environment = {
                 "PATH": os.environ["PATH"],
+                "TMPDIR": str(directory),  # torchrun leaves a directory there
                 "PYTHONPATH": str(ROOT),
                 "OMP_NUM_THREADS": "1",
                 "RM_JOB_ID": "j1",

@@ -251,7 +251,7 @@ def test_stop_is_sigterm(attempt: Any) -> None:
 
 def test_stop_lets_user_code_save_and_choose_its_code(attempt: Any) -> None:
     code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(9)); open('ready', 'w')\n"
-    code += "time.sleep(99)"
+    code += "while True: time.sleep(.1)"
     outcome, _ = stop(attempt, attempt.python(0, code), 60.0)
     assert [(end.code, end.signal) for end in outcome.exits] == [(9, None)]
     assert outcome.first_failed is None
@@ -265,7 +265,7 @@ def test_sigterm_ignored_is_sigkill_after_the_grace(attempt: Any) -> None:
 
 def test_stop_again_signals_once_and_shortens_the_grace(attempt: Any) -> None:
     code = "import signal, time; signal.signal(15, lambda *_: print('T', flush=True)); open('ready', 'w')\n"
-    outcome, took_s = stop(attempt, attempt.python(0, code + "while True: time.sleep(99)"), 60.0, 0.3, 60.0)
+    outcome, took_s = stop(attempt, attempt.python(0, code + "while True: time.sleep(.1)"), 60.0, 0.3, 60.0)
     assert [end.signal_name for end in outcome.exits] == ["SIGKILL"]
     assert attempt.out(0) == "T\n"
     assert took_s < 30
@@ -275,7 +275,7 @@ def test_the_grace_is_the_whole_group_s_when_sigterm_kills_its_shell(attempt: An
     (attempt.folder / "train.py").write_text(
         "import signal, sys, time\n"
         "def save(*_):\n    time.sleep(.3)\n    open('saved', 'w')\n    sys.exit(0)\n"
-        "signal.signal(15, save)\nopen('ready', 'w')\nwhile True: time.sleep(99)\n"
+        "signal.signal(15, save)\nopen('ready', 'w')\nwhile True: time.sleep(.1)\n"
     )
     outcome, took_s = stop(
         attempt, attempt.rank(0, "sh", "-c", f"{sys.executable} -I -S train.py; true"), 60.0
@@ -291,7 +291,7 @@ def test_a_leader_that_shuts_down_by_itself_leaves_no_grace_to_what_it_forgot(at
         "import os, signal, sys, time\n"
         "signal.signal(15, signal.SIG_IGN)\n"
         "if os.fork() == 0: time.sleep(1000)\n"
-        "signal.signal(15, lambda *_: sys.exit(0)); open('ready', 'w')\nwhile True: time.sleep(99)\n"
+        "signal.signal(15, lambda *_: sys.exit(0)); open('ready', 'w')\nwhile True: time.sleep(.1)\n"
     )
     outcome, took_s = stop(attempt, attempt.python(0, code), 60.0)
     assert [(end.code, end.signal) for end in outcome.exits] == [(0, None)]

@@ -1,0 +1,173 @@
+"""A burst of jobs on a cluster without GPU nodes: what the autoscaler bought, beside the least that could do.
+
+    python benchmarks/burst.py [--jobs 60] [--seed 1] [--seconds 40 120] [--idle 5] [--boot 0]
+
+`ray up` of cluster.local.yaml on this machine: Ray's own autoscaler and our provider; nodes are processes, GPUs are
+logical, jobs sleep. 60 jobs at once: shares of a GPU, 1, 2, 4 and 8 GPUs, and a gang of two whole nodes. A node counts
+from the moment when the provider was asked for it until its last process has gone, with all of its GPUs. The bound is
+what the jobs held: no packing into nodes of any size buys less. Fails if a job is stuck or ran twice, or if a node, a
+process or a file is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "providers"))
+
+from local_cluster import LocalCluster, local_cluster  # the `ray up` of the tests
+
+SHAPES: tuple[tuple[dict[str, Any], int], ...] = (
+    ({"num_gpus": 0.5}, 6),
+    ({"num_gpus": 1}, 26),
+    ({"num_gpus": 2}, 12),
+    ({"num_gpus": 4}, 10),
+    ({"num_gpus": 8}, 5),
+    ({"num_gpus": 8, "nodes": 2}, 1),
+)
+"""What a job asks for, and how many of 60 do."""
+LOOK_S = 0.1
+STUCK_S = 600.0
+"""Longer than all of it takes one after the other on the largest nodes."""
+
+
+@dataclass
+class Bought:
+    """One node. Times in seconds on the monotonic clock."""
+
+    type: str
+    asked: float
+    last: float
+
+
+class Watch(threading.Thread):
+    """Which nodes the provider has, by its own book, ten times a second."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        super().__init__(daemon=True)
+        self._provider = cluster.provider
+        self._over = threading.Event()
+        self.nodes: dict[str, Bought] = {}
+
+    def run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            now = time.monotonic()
+            for name in self.workers():
+                if name not in self.nodes:
+                    tags = self._provider.node_tags(name)
+                    self.nodes[name] = Bought(tags.get("ray-user-node-type", ""), now, now)
+                self.nodes[name].last = now
+
+    def workers(self) -> list[str]:
+        return self._provider.non_terminated_nodes({"ray-node-type": "worker"})
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, default=(40, 120), help="the shortest and the longest job"
+    )
+    parser.add_argument(
+        "--idle", type=float, default=5, help="how long a node is idle before it goes, in seconds"
+    )
+    parser.add_argument(
+        "--boot", type=float, default=0, help="seconds that every node boots beyond what Ray takes"
+    )
+    options = parser.parse_args()
+    with local_cluster("burst", boot_delay_s=options.boot) as cluster:
+        config = yaml.safe_load(cluster.yaml.read_text())
+        config["idle_timeout_minutes"] = options.idle / 60
+        cluster.yaml.write_text(yaml.safe_dump(config))
+        gpus = {
+            name: kind["resources"].get("GPU", 0) for name, kind in config["available_node_types"].items()
+        }
+        os.environ |= {"RAY_AUTH_MODE": "disabled", **cluster.environment}
+        cluster.up()
+        watch = Watch(cluster)
+        watch.start()
+        began = time.monotonic()
+        jobs = burst(cluster, options)
+        took = time.monotonic() - began
+        emptied_by = time.monotonic() + 60
+        while watch.workers():
+            if time.monotonic() > emptied_by:
+                sys.exit(f"idle nodes have not gone: {watch.workers()}")
+            time.sleep(LOOK_S)
+        watch.end()
+        cluster.down()
+        if left := cluster.left():
+            sys.exit(f"left behind: {left}")
+    print_table(jobs, watch.nodes, gpus, took)
+
+
+def burst(cluster: LocalCluster, options: argparse.Namespace) -> list[Any]:
+    """Submit all at once and wait for all; their views."""
+    import ray
+
+    import rm
+
+    random_ = random.Random(options.seed)
+    shapes = [shape for shape, count in SHAPES for _ in range(count)]
+    random_.shuffle(shapes)
+    wanted = [shapes[number % len(shapes)] for number in range(options.jobs)]
+    client = rm.connect(cluster.address)
+    jobs = client.submit_many(
+        [
+            {"entry": f"sleep {random_.uniform(*options.seconds):.1f}", "name": f"burst-{number}", **shape}
+            for number, shape in enumerate(wanted)
+        ]
+    )
+    stuck_at = time.monotonic() + STUCK_S
+    while live := client.jobs(limit=1000):
+        if time.monotonic() > stuck_at:
+            sys.exit(f"stuck: {[(job.id, job.view().reason) for job in live]}")
+        time.sleep(1)
+    views = [job.view() for job in jobs]
+    ray.shutdown()
+    if wrong := [(each.id, each.status, each.attempts) for each in views if each.status != "SUCCEEDED"]:
+        sys.exit(f"not succeeded: {wrong}")
+    if again := [each.id for each in views if each.attempts != 1]:
+        sys.exit(f"ran more than once: {again}")
+    return views
+
+
+def print_table(jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, int], took: float) -> None:
+    held = sum((each.ended_at - each.started_at) * each.gpus for each in jobs)
+    seconds: dict[str, float] = defaultdict(float)
+    for each in nodes.values():
+        seconds[each.type] += (each.last - each.asked) * gpus[each.type]
+    table = Table(title=f"{len(jobs)} jobs from no GPU node to none, {took:.0f} s")
+    for column in ("what", "nodes", "GPU-seconds", "× the bound"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    table.add_row("held by jobs: the bound", "", f"{held:,.0f}", "1.00")
+    for name in sorted(seconds):
+        count = sum(each.type == name for each in nodes.values())
+        table.add_row(f"bought: {name}", str(count), f"{seconds[name]:,.0f}", "")
+    bought = sum(seconds.values())
+    table.add_row("bought", str(len(nodes)), f"{bought:,.0f}", f"{bought / held:.2f}")
+    waits = sorted(each.started_at - each.submitted_at for each in jobs)
+    table.add_row(f"waits: median {waits[len(waits) // 2]:.0f} s, longest {waits[-1]:.0f} s", "", "", "")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
