@@ -17,7 +17,7 @@ import random
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,10 @@ def main() -> None:
     parser.add_argument(
         "--boot", type=float, default=0, help="seconds that every node boots beyond what Ray takes"
     )
+    parser.add_argument("--timeline", action="store_true", help="GPUs bought and held, every 10 s")
     options = parser.parse_args()
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     with local_cluster("burst", boot_delay_s=options.boot) as cluster:
         config = yaml.safe_load(cluster.yaml.read_text())
         config["idle_timeout_minutes"] = options.idle / 60
@@ -100,7 +103,7 @@ def main() -> None:
         gpus = {
             name: kind["resources"].get("GPU", 0) for name, kind in config["available_node_types"].items()
         }
-        os.environ |= {"RAY_AUTH_MODE": "disabled", **cluster.environment}
+        os.environ |= cluster.environment
         cluster.up()
         watch = Watch(cluster)
         watch.start()
@@ -116,7 +119,7 @@ def main() -> None:
         cluster.down()
         if left := cluster.left():
             sys.exit(f"left behind: {left}")
-    print_table(jobs, watch.nodes, gpus, took)
+    print_table(jobs, watch.nodes, gpus, took, timeline=options.timeline)
 
 
 def burst(cluster: LocalCluster, options: argparse.Namespace) -> list[Any]:
@@ -150,7 +153,9 @@ def burst(cluster: LocalCluster, options: argparse.Namespace) -> list[Any]:
     return views
 
 
-def print_table(jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, int], took: float) -> None:
+def print_table(
+    jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, int], took: float, *, timeline: bool
+) -> None:
     held = sum((each.ended_at - each.started_at) * each.gpus for each in jobs)
     seconds: dict[str, float] = defaultdict(float)
     for each in nodes.values():
@@ -164,9 +169,26 @@ def print_table(jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, int],
         table.add_row(f"bought: {name}", str(count), f"{seconds[name]:,.0f}", "")
     bought = sum(seconds.values())
     table.add_row("bought", str(len(nodes)), f"{bought:,.0f}", f"{bought / held:.2f}")
+    if timeline:
+        print_timeline(jobs, nodes, gpus)
     waits = sorted(each.started_at - each.submitted_at for each in jobs)
     table.add_row(f"waits: median {waits[len(waits) // 2]:.0f} s, longest {waits[-1]:.0f} s", "", "", "")
     Console(width=100).print(table)
+
+
+def print_timeline(jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, int]) -> None:
+    begun = min(each.submitted_at for each in jobs)
+    to_wall = time.time() - time.monotonic()
+    last = max(each.last + to_wall for each in nodes.values())
+    for tick in range(0, int(last - begun) + 1, 10):
+        at = begun + tick
+        up = Counter(e.type for e in nodes.values() if e.asked + to_wall <= at <= e.last + to_wall)
+        held = [each for each in jobs if each.started_at <= at < each.ended_at]
+        waiting = sorted((each.gpus for each in jobs if each.started_at > at), reverse=True)
+        bought = sum(gpus[name] * count for name, count in up.items())
+        print(
+            f"{tick:4d} s  {dict(sorted(up.items()))}: {bought} GPUs, {sum(e.gpus for e in held):g} held, wait: {waiting}"
+        )
 
 
 if __name__ == "__main__":

@@ -251,9 +251,15 @@ def test_the_hook_keeps_a_node_on_loopback(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "gpu4-1")
     monkeypatch.setenv(SEVERAL_NODES, "1")
+    monkeypatch.setenv("RM_NODE_DIR", "/tmp/c/gpu4-1")
     params = RayParams(min_worker_port=10002, max_worker_port=19999, dashboard_agent_listen_port=52365)
     share_machine(params, False)
     assert (params.node_ip_address, params.node_name) == ("127.0.0.1", "gpu4-1")
     assert (params.min_worker_port, params.max_worker_port, params.dashboard_agent_listen_port) == (0, 0, 0)
     assert params.runtime_env_dir_name.endswith("-gpu4-1")
+    sockets = params.plasma_store_socket_name, params.raylet_socket_name
+    assert all(each.startswith("/tmp/c/gpu4-1/") for each in sockets), (
+        "two nodes that start at once would get one name"
+    )
+    assert len(set(sockets)) == 2
     assert os.environ[SEVERAL_NODES] == "0"
