@@ -1,6 +1,6 @@
 """A burst of jobs on a cluster without GPU nodes: what the autoscaler bought, beside the least that could do.
 
-    python benchmarks/burst.py [--jobs 60] [--seed 1] [--seconds 40 120] [--idle 5] [--boot 0]
+    python benchmarks/burst.py [--jobs 60] [--seed 1] [--seconds 40 120] [--limits] [--idle 5] [--boot 0]
 
 `ray up` of cluster.local.yaml on this machine: Ray's own autoscaler and our provider; nodes are processes, GPUs are
 logical, jobs sleep. 60 jobs at once: shares of a GPU, 1, 2, 4 and 8 GPUs, and a gang of two whole nodes. A node counts
@@ -36,11 +36,11 @@ SHAPES: tuple[tuple[dict[str, Any], int], ...] = (
     ({"num_gpus": 2}, 12),
     ({"num_gpus": 4}, 10),
     ({"num_gpus": 8}, 5),
-    ({"num_gpus": 8, "nodes": 2}, 1),
+    ({"num_gpus": 16, "nodes": 2}, 1),
 )
 """What a job asks for, and how many of 60 do."""
 LOOK_S = 0.1
-STUCK_S = 600.0
+STUCK_S = 1800.0
 """Longer than all of it takes one after the other on the largest nodes."""
 
 
@@ -92,6 +92,9 @@ def main() -> None:
     parser.add_argument(
         "--boot", type=float, default=0, help="seconds that every node boots beyond what Ray takes"
     )
+    parser.add_argument(
+        "--limits", action="store_true", help="jobs have time limits, a quarter above what they take"
+    )
     parser.add_argument("--timeline", action="store_true", help="GPUs bought and held, every 10 s")
     options = parser.parse_args()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -133,12 +136,13 @@ def burst(cluster: LocalCluster, options: argparse.Namespace) -> list[Any]:
     random_.shuffle(shapes)
     wanted = [shapes[number % len(shapes)] for number in range(options.jobs)]
     client = rm.connect(cluster.address)
-    jobs = client.submit_many(
-        [
-            {"entry": f"sleep {random_.uniform(*options.seconds):.1f}", "name": f"burst-{number}", **shape}
-            for number, shape in enumerate(wanted)
-        ]
-    )
+    entries = []
+    for number, shape in enumerate(wanted):
+        seconds = random_.uniform(*options.seconds)
+        entries.append({"entry": f"sleep {seconds:.1f}", "name": f"burst-{number}", **shape})
+        if options.limits:
+            entries[-1]["time_limit"] = 1.25 * seconds + 5
+    jobs = client.submit_many(entries)
     stuck_at = time.monotonic() + STUCK_S
     while live := client.jobs(limit=1000):
         if time.monotonic() > stuck_at:
@@ -185,10 +189,8 @@ def print_timeline(jobs: list[Any], nodes: dict[str, Bought], gpus: dict[str, in
         up = Counter(e.type for e in nodes.values() if e.asked + to_wall <= at <= e.last + to_wall)
         held = [each for each in jobs if each.started_at <= at < each.ended_at]
         waiting = sorted((each.gpus for each in jobs if each.started_at > at), reverse=True)
-        bought = sum(gpus[name] * count for name, count in up.items())
-        print(
-            f"{tick:4d} s  {dict(sorted(up.items()))}: {bought} GPUs, {sum(e.gpus for e in held):g} held, wait: {waiting}"
-        )
+        bought, used = sum(gpus[name] * count for name, count in up.items()), sum(each.gpus for each in held)
+        print(f"{tick:4d} s  {dict(sorted(up.items()))}: {bought} GPUs, {used:g} held, wait: {waiting}")
 
 
 if __name__ == "__main__":
