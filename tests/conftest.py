@@ -6,7 +6,6 @@ Every test on it starts and ends with nothing charged, no group and no user proc
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,17 +33,11 @@ os.environ["RM_CHECK"] = "1"
 @pytest.fixture(scope="session")
 def ray_place() -> Iterator[Path]:
     """Where this process's Ray has its sessions, each with its packages: Ray itself never removes them."""
-    before = os.environ.get("RAY_TMPDIR")
-    place = Path(tempfile.mkdtemp(prefix="rm-t-", dir="/tmp"))  # a longer name leaves none for sockets
-    os.environ["RAY_TMPDIR"] = str(place)
-    try:
-        yield place
-    finally:
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(place, ignore_errors=True)
+    # A longer name would leave none for sockets.
+    short = tempfile.TemporaryDirectory(prefix="rm-t-", dir="/tmp", ignore_cleanup_errors=True)
+    with short as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", place)
+        yield Path(place)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ os.wait()
 """Leaves a grandchild in a session of its own that ignores SIGTERM; its pid is then in the file argv[1]."""
 
 
-def until(condition: Callable[[], Any], deadline_s: float = 60.0) -> float:
+def until(condition: Callable[[], Any], deadline_s: float = 30.0) -> float:
     """Wait until the condition holds; the seconds that took."""
     began = time.monotonic()
     while not condition():

@@ -127,7 +127,7 @@ def test_runner_killed(attempt: Any, also: int | None) -> None:
         if also is not None:
             os.kill(pids[also], signal.SIGKILL)
         runner.kill()
-        attempt.until(lambda: not attempt.alive())
+        attempt.until(lambda: not attempt.alive(), 1.0)
     attempt.until(lambda: all(map(attempt.gone, pids)))
 
 

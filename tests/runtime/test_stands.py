@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
+from test_writer import until
 
 from rm.core.model import Gang, PlacedBundle
 from rm.core.resources import GPU_UNIT, Bundle
@@ -134,9 +134,3 @@ def test_a_stand_keeps_its_name_through_many_hands(hands: int) -> None:
         assert world.placements.removed == world.killed == ["j1.1"]
 
     played(body)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.001)
