@@ -4,14 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types layers unit mutations long properties-long faults bench wheel clean services
+.PHONY: demo test lint types layers unit mutations long properties-long gpu faults bench wheel clean services
 
 demo: $(STAMP)
 	$(BIN)/rmctl demo
 
 # Two runs: the tests of processes and descriptors look at their own process, which must not have Ray in it.
 test: lint types layers services
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not own_ray and not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not own_ray and not gpu and not long"
 	$(BIN)/python -m pytest -n 2 -m "(ray or own_ray) and not long" --dist loadgroup
 
 lint: $(STAMP)
@@ -26,11 +26,17 @@ layers: $(STAMP)
 
 # The tests that need neither Ray nor a database server: seconds.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray and not own_ray and not postgres and not torch and not long"
+	$(BIN)/python -m pytest -m "not ray and not own_ray and not gpu and not postgres and not torch and not long"
 
 # The tests that take long: floods, real autoscaling, a restarted GCS, a restored ledger, second trainings.
 long: $(STAMP)
-	$(BIN)/python -m pytest -m long --timeout=900
+	$(BIN)/python -m pytest -m "long and not gpu" --timeout=900
+
+# What only real GPUs can show: memory that is free again, NVML, NCCL, errors that the driver reports. One GPU will do.
+# Fails where there is none.
+gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # Breaks each rule of the scheduler by hand and demands that a test notices: many minutes.
 mutations: $(STAMP)

@@ -439,6 +439,8 @@ MUTATIONS = (
     M("the limit of failures", "health", "len(recent) >= policy.node_failure_limit",
       "len(recent) > policy.node_failure_limit"),
     M("old failures are forgotten", "health", "recent[0].at <= now - policy.node_failure_window_s", "False"),
+    M("a broken GPU cordons", "state", "            self.health.condemn(event.node_id, event.why)\n", ""),
+    M("a reset GPU is no longer broken", "health", "        self._broken.pop(node_id, None)\n", ""),
     M("0 failures: never", "health", "if not policy.node_failure_limit:", "if False:"),
     M("what was told to stop is no failure", "state", "node_id is not None and attempt.stop is None and",
       "node_id is not None and"),

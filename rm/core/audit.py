@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from rm.core.gpu_errors import GpuCondition
 from rm.core.model import Phase, PlacedBundle, attempt_key, units_by_node
 from rm.core.resources import GPU_UNIT, gpu_count
 
@@ -35,6 +36,7 @@ class Fault(StrEnum):
     NODE = "node"
     GPU_IN_USE = "gpu_in_use"
     LEFT_BEHIND = "left_behind"
+    GPU_ERRORS = "gpu_errors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,15 @@ class KeepFromUse:
     gpus: tuple[int, ...]
 
 
-Repair = RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse | None
+@dataclass(frozen=True, slots=True)
+class CondemnNode:
+    """Nothing new should start there: `why` is what the driver says."""
+
+    node_id: str
+    why: str
+
+
+Repair = RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse | CondemnNode | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +357,25 @@ class GpuProcess:
     def __str__(self) -> str:
         """ "process 4711 (python) of ada"."""
         return f"process {self.pid} ({self.name})" + (f" of {self.user}" if self.user else "")
+
+
+@dataclass(frozen=True, slots=True)
+class DriverLook:
+    """What the driver of one node says: what is on its GPUs, and how each of them is."""
+
+    processes: tuple[GpuProcess, ...] = ()
+    conditions: tuple[GpuCondition, ...] = ()
+
+
+def gpu_errors(node_id: str, node: RayNode, conditions: Iterable[GpuCondition]) -> list[Finding]:
+    """The node, if there are GPUs on it that can't go on: one finding for all of them."""
+    broken = [(each, trouble) for each in conditions if (trouble := each.trouble())]
+    if not broken:
+        return []
+    why = "; ".join(trouble for _, trouble in broken)
+    evidence = {"node": node.name, "gpus": [each.gpu for each, _ in broken]}
+    message = f"node {node.name}: {why}"
+    return [Finding(Fault.GPU_ERRORS, node.name, message, evidence, CondemnNode(node_id, why))]
 
 
 def left_behind(

@@ -220,6 +220,17 @@ class CordonInherited:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuErrorsSeen:
+    """A GPU of the node is broken: `why` is what its driver says. It may be cordoned for that."""
+
+    durable: ClassVar[bool] = True
+    at: float
+    node_id: str
+    why: str
+    job_id: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpusQuarantined:
     """So much of the node is given to nobody while these processes are there. The last one counts; 0 lifts it."""
 
@@ -317,6 +328,7 @@ Event = (
     | NodeCordoned
     | NodeUncordoned
     | CordonInherited
+    | GpuErrorsSeen
     | GpusQuarantined
     | ForeignUseObserved
     | NodeTypesObserved

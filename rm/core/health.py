@@ -1,9 +1,10 @@
-"""Which nodes fail more than their part: infrastructure failures per node in a sliding window.
+"""Which nodes fail more than their part: infrastructure failures per node in a sliding window, and broken GPUs.
 
 What counts is what a node did to an attempt: its runner or its processes were lost or could not be started, or its
 part of a placement group never came although its GPUs were free. A job's own exit code never counts, nor does
 anything that happened to an attempt that was already told to stop. One job can't condemn a node: failures of at
-least two are needed, since a job that brings down each node it runs on looks the same from there.
+least two are needed, since a job that brings down each node it runs on looks the same from there. What the driver
+says of a GPU (`rm.core.gpu_errors`) needs no second witness.
 
 A cache of recent facts: it is not stored, and a restart of the allocator begins with an empty one.
 """
@@ -40,17 +41,25 @@ class Health:
 
     def __init__(self) -> None:
         self._failures: dict[str, deque[Failure]] = {}
+        self._broken: dict[str, str] = {}
+        """Nodes with GPUs that can't go on, and what the driver says."""
 
     def note(self, node_id: str, failure: Failure) -> None:
         self._failures.setdefault(node_id, deque(maxlen=MOST_KEPT)).append(failure)
 
+    def condemn(self, node_id: str, why: str) -> None:
+        """A GPU of the node is broken: it is to take nothing new."""
+        self._broken[node_id] = why
+
     def forget(self, node_id: str) -> None:
         self._failures.pop(node_id, None)
+        self._broken.pop(node_id, None)
 
     def failing(self, policy: Policy, now: float) -> Iterator[tuple[str, str]]:
-        """The nodes that have reached the policy's limit, each with a reason that lists the attempts."""
+        """The nodes with broken GPUs, and those that have reached the policy's limit, each with a reason in words."""
         if not policy.node_failure_limit:
             return
+        yield from sorted(self._broken.items())
         for node_id in sorted(self._failures):
             recent = self._failures[node_id]
             while recent and recent[0].at <= now - policy.node_failure_window_s:

@@ -105,7 +105,8 @@ class Policy:
     min_runtime_s: float = 0.0
     """Nothing is evicted before it has run this long (a job may ask for more)."""
     node_failure_limit: int = 3
-    """So many infrastructure failures on a node within the window, of two jobs at least, cordon it. 0: never."""
+    """So many infrastructure failures on a node within the window, of two jobs at least, cordon it; a broken GPU
+    does at once. 0: nodes are never cordoned by themselves."""
     node_failure_window_s: float = 600.0
     settle_s: float = 60.0
     """How long an elastic gang keeps what it took above its minimum before it is shrunk for others."""

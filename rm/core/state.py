@@ -34,6 +34,7 @@ from rm.core.events import (
     Event,
     ForeignUseObserved,
     GangCut,
+    GpuErrorsSeen,
     GpusQuarantined,
     HoldChanged,
     JobAdmitted,
@@ -512,6 +513,12 @@ class ClusterState:
             self._cordon_changed(event.node_id)
         return []
 
+    def _gpu_errors(self, event: GpuErrorsSeen) -> list[Effect]:
+        if event.node_id in self.capacity:
+            self.health.condemn(event.node_id, event.why)
+            self.version += 1
+        return []
+
     def _inherited(self, event: CordonInherited) -> list[Effect]:
         old = self.cordons.pop(event.old_id, None)
         if old is not None:
@@ -899,6 +906,7 @@ _RULES: dict[type, Callable[..., list[Effect]]] = {
     NodeCordoned: ClusterState._cordoned,
     NodeUncordoned: ClusterState._uncordoned,
     CordonInherited: ClusterState._inherited,
+    GpuErrorsSeen: ClusterState._gpu_errors,
     GpusQuarantined: ClusterState._gpus_quarantined,
     ForeignUseObserved: ClusterState._foreign,
     NodeTypesObserved: ClusterState._node_types,

@@ -22,6 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rm.core.audit import (
     BookedNode,
+    CondemnNode,
+    DriverLook,
     EndProcesses,
     Fault,
     Finding,
@@ -38,13 +40,14 @@ from rm.core.audit import (
     confirmed,
     differences,
     doubtful,
+    gpu_errors,
     gpus_in_use,
     left_behind,
     still_in_use,
     strays_among,
     without_kept,
 )
-from rm.core.events import Event, GpusQuarantined, RunLost
+from rm.core.events import Event, GpuErrorsSeen, GpusQuarantined, RunLost
 from rm.core.model import Job, Kind, Node, Stray, attempt_key
 from rm.core.resources import GPU_UNIT
 from rm.runtime import gpu_probe
@@ -70,6 +73,8 @@ PROBE_S = 20.0
 """How long a node may take to read its GPUs, the start of a worker included."""
 FINDINGS_KEPT = 100
 NOT_REPAIRED = "could not be repaired"
+LASTING = frozenset({Fault.GPU_IN_USE, Fault.GPU_ERRORS})
+"""What may be so for days: it is listed as long as it is, and told of once."""
 NAMED = 5
 """Nodes that a note names; it counts the others."""
 
@@ -116,6 +121,8 @@ class Audit:
         self._strays: dict[str, tuple[Stray, ...]] = {}
         """What was last said to the core of the GPUs in quarantine, by node."""
         self._kept: deque[FindingView] = deque(maxlen=FINDINGS_KEPT)
+        self._condemned: dict[str, str] = {}
+        """By node, what its driver said when the core was last told."""
         self.last: AuditView | None = None
 
     async def run(self) -> None:
@@ -140,11 +147,8 @@ class Audit:
             findings = tuple(await self._repair(found, look))
             await self._settle_quarantines(look)
             known = {(each.kind, each.what) for each in self.last.findings} if self.last else set()
-            # A stray may stay for days: it is listed as long as it does, and told of once.
             news = [
-                each
-                for each in findings
-                if each.kind != Fault.GPU_IN_USE or (each.kind, each.what) not in known
+                each for each in findings if each.kind not in LASTING or (each.kind, each.what) not in known
             ]
             for each in news:
                 log.warning("%s; %s", each.message, each.repair)
@@ -167,9 +171,13 @@ class Audit:
         await self._wardens.look(tables.nodes.keys() | tables.unheard)
         probed, unread = await self._read_gpus(tables.nodes)
         live = self._marks(ledger) | self._marks(self._ledger_look())
-        for node_id, processes in probed.items():
-            found += self._gpu_differences(node_id, tables.nodes[node_id], processes, live)
-        return _Look(ledger, tables, found, probed, live, tuple(unread))
+        for node_id, driver in probed.items():
+            node = tables.nodes[node_id]
+            found += gpu_errors(node_id, node, driver.conditions)
+            if node.free_units >= GPU_UNIT or self._wardens.units(node_id):
+                found += self._gpu_differences(node_id, node, driver.processes, live)
+        processes = {node_id: driver.processes for node_id, driver in probed.items()}
+        return _Look(ledger, tables, found, processes, live, tuple(unread))
 
     def _marks(self, ledger: LedgerLook) -> set[str]:
         """Those of the processes of live attempts."""
@@ -180,7 +188,7 @@ class Audit:
         }
 
     def _gpu_differences(
-        self, node_id: str, node: RayNode, processes: list[GpuProcess], live: set[str]
+        self, node_id: str, node: RayNode, processes: Iterable[GpuProcess], live: set[str]
     ) -> list[Finding]:
         """What is on the node's GPUs and should not be."""
         left = [
@@ -260,18 +268,16 @@ class Audit:
         }
         return RayLook(nodes, groups, frozenset(runners), seen.unheard)
 
-    async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, list[GpuProcess]], list[str]]:
-        """What the drivers say where GPUs are free or in quarantine: a task that needs nothing, pinned to each node."""
+    async def _read_gpus(self, nodes: Mapping[str, RayNode]) -> tuple[dict[str, DriverLook], list[str]]:
+        """What the driver of each node with GPUs says: a task that needs nothing, pinned to it."""
         self._blind = {node_id: why for node_id, why in self._blind.items() if node_id in nodes}
-        free = [
-            each
-            for each, node in nodes.items()
-            if (node.free_units >= GPU_UNIT or self._wardens.units(each)) and each not in self._blind
+        seeing = [
+            each for each, node in nodes.items() if node.gpu_units >= GPU_UNIT and each not in self._blind
         ]
-        answers = await asyncio.gather(*(_probe(node_id) for node_id in free))
-        probed: dict[str, list[GpuProcess]] = {}
+        answers = await asyncio.gather(*(_probe(node_id) for node_id in seeing))
+        probed: dict[str, DriverLook] = {}
         passing: dict[str, str] = {}
-        for node_id, answer in zip(free, answers, strict=True):
+        for node_id, answer in zip(seeing, answers, strict=True):
             if isinstance(answer, str):
                 (self._blind if answer.startswith("no NVML") else passing)[node_id] = answer
             else:
@@ -303,12 +309,16 @@ class Audit:
             if left:
                 await asyncio.sleep(LOOK_AGAIN_S)
         # In quarantine it does no harm, but somebody has to end it all the same.
-        left |= {(each.kind, each.what) for each in found if isinstance(each.repair, KeepFromUse)}
+        left |= {
+            (each.kind, each.what) for each in found if isinstance(each.repair, KeepFromUse | CondemnNode)
+        }
         left |= {what for what, words in done.items() if words.startswith(NOT_REPAIRED)}
         return [_finding_view(each, at, done.get((each.kind, each.what)), left) for each in found]
 
     async def _carry_out(
-        self, repair: RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse, look: _Look
+        self,
+        repair: RemoveGroup | KillRunner | LoseAttempt | EndProcesses | KeepFromUse | CondemnNode,
+        look: _Look,
     ) -> str:
         """Returns what was done, in words."""
         match repair:
@@ -325,19 +335,29 @@ class Audit:
                 return await self._end_processes(node_id, mark)
             case KeepFromUse(node_id, gpus):
                 return await self._keep_from_use(node_id, gpus, look)
+            case CondemnNode(node_id, why):
+                return await self._condemn(node_id, why)
 
     async def _end_processes(self, node_id: str, mark: str) -> str:
         if mark in self._marks(self._ledger_look()):
             return "left alone: its attempt lives"
         killed = await _on(node_id, sweep, mark)
-        processes = await _probe(node_id)
-        if isinstance(processes, str):
-            return f"{NOT_REPAIRED}: {processes}"
-        if left := {each.pid for each in processes if each.owner == mark}:
+        driver = await _probe(node_id)
+        if isinstance(driver, str):
+            return f"{NOT_REPAIRED}: {driver}"
+        if left := {each.pid for each in driver.processes if each.owner == mark}:
             # From now on it is a stray like any other: its GPU is kept from use.
             self._immortal |= {(node_id, pid) for pid in left}
             return f"{NOT_REPAIRED}: process {min(left)} outlives SIGKILL, or belongs to another user"
         return f"killed ({killed} {'process' if killed == 1 else 'processes'})"
+
+    async def _condemn(self, node_id: str, why: str) -> str:
+        """Tell the core, once: an administrator who uncordons the node knows what he does until there is news."""
+        if self._condemned.get(node_id) != why:
+            await self._request(GpuErrorsSeen(self._clock(), node_id, why))
+            self._condemned[node_id] = why
+        node = self._view().nodes.get(node_id)
+        return "the node is cordoned" if node is not None and node.cordoned else "reported only"
 
     # --- quarantine ----------------------------------------------------------------------------------------
 
@@ -394,7 +414,7 @@ class _Look:
     ledger: LedgerLook
     tables: RayLook
     found: list[Finding]
-    probed: Mapping[str, list[GpuProcess]]
+    probed: Mapping[str, tuple[GpuProcess, ...]]
     """What is on the GPUs, by node."""
     live: set[str]
     """The marks of the processes of live attempts."""
@@ -413,9 +433,9 @@ class _Look:
         }
 
 
-async def _probe(node_id: str) -> list[GpuProcess] | str:
+async def _probe(node_id: str) -> DriverLook | str:
     try:
-        answer: list[GpuProcess] | str = await _on(node_id, gpu_probe.read_gpus)
+        answer: DriverLook | str = await _on(node_id, gpu_probe.read_gpus)
     except Exception as error:
         return f"the node did not answer ({type(error).__name__})"
     return answer

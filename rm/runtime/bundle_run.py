@@ -23,12 +23,15 @@ from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
 from rm.runtime.tail import last_lines
 from rm.runtime.workspace import Workspace
+from rm.runtime.xid_watch import XidWatch
 
 REPORT_S = 0.5
 """How often progress is read and passed on."""
 REPORT_BYTES = 64 * 1024
 """A larger report is not passed on: the allocator keeps the latest of 2,000 jobs."""
 TAIL_LINES = 20
+XID_WITHIN_S = 0.2
+"""How long after a rank's failure the driver may take to tell of an error."""
 _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 """Kinds of exit that are not the fault of user code."""
 
@@ -36,9 +39,10 @@ _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 class BundleRun:
     """Made by whoever speaks of it first: a stop may come before the order."""
 
-    def __init__(self, nursery: Nursery, preloading: Preloading) -> None:
+    def __init__(self, nursery: Nursery, preloading: Preloading, xids: XidWatch) -> None:
         self._nursery = nursery
         self._preloading = preloading
+        self._xids = xids
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._shipper: LogShipper | None = None
@@ -123,6 +127,7 @@ class BundleRun:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
         shipper = LogShipper(store, order, processes)
         nursery = self._preloading.nursery(processes) or self._nursery
+        self._xids.take()  # what comes late from the one before
         attempt = f"{order.job_id}.{order.attempt}"
         self._launched = await Launched.start(attempt, processes, order.grace_s, nursery, str(workspace.path))
         nursery.prepare()
@@ -140,7 +145,7 @@ class BundleRun:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         self._read_reports(order)
-        result = self._result(workspace, order, outcome, stopped)
+        result = await self._with_xids(self._result(workspace, order, outcome, stopped))
         if order.kind is Kind.FUNCTION:
             try:
                 await self._keep_result(store, workspace, order, result)
@@ -183,6 +188,18 @@ class BundleRun:
             failed_at=failed.at,
             clean=clean and failed.error_kind not in _NODE_FAILED,
         )
+
+    async def _with_xids(self, result: RunResult) -> RunResult:
+        """The result, and what the driver reported meanwhile: that may tell why a rank failed, and through whom."""
+        if result.ok:
+            return replace(result, xids=self._xids.take())
+        # The driver's report of what has killed a process can come after its death.
+        xids = await asyncio.to_thread(self._xids.take, XID_WITHIN_S)
+        if not xids:
+            return result
+        message = "; ".join([result.message, *map(str, xids)])
+        lost = result.lost or (any(each.infra for each in xids) and not result.stopped)
+        return replace(result, xids=xids, message=message, lost=lost)
 
     async def _pass_on_reports(self, order: RunOrder) -> None:
         allocator = Link("allocator")

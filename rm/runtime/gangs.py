@@ -28,6 +28,7 @@ from ray.util.placement_group import PlacementGroup
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     Event,
+    GpuErrorsSeen,
     PlacementReady,
     PlacementReleased,
     ReserveFailed,
@@ -476,6 +477,10 @@ class _GangRun:
         results = await self._follow(orders, seats)
         if results[0].progress:
             gangs._progress(effect.job_id, effect.attempt, results[0].progress)
+        for seat, each in zip(seats, results, strict=True):
+            if broken := [xid for xid in each.xids if xid.broken]:
+                why = f"{'; '.join(map(str, broken))}, under {self._attempt}"
+                gangs._post(GpuErrorsSeen(clock(), seat.node_id, why))
         outcome = _outcome(results, seats, orders)
         self._clean = all(each.clean for each in results)
         self._free_seats = [replace(seat, port=each.port) for seat, each in zip(seats, results, strict=True)]
@@ -640,8 +645,9 @@ def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]
         if any(each.stopped for each in results):
             return Outcome(Status.CANCELLED, "ended when it was told to stop", exit_code=0)
         return Outcome(Status.SUCCEEDED)
-    # A rank that was told to stop is a consequence; the cause is the earliest that was not.
-    first, seat = min(failed, key=lambda each: (each[0].stopped and each[0].failed_at > 0, each[0].failed_at))
+    # A rank that was told to stop is a consequence; the cause is the earliest that was not, or rather that of which the
+    # driver says why: where a GPU breaks, ranks on others can be the first to give up on it.
+    first, seat = min(failed, key=lambda each: _as_cause(each[0]))
     message = first.message
     if first.lost:
         return Outcome(Status.FAILED, message, node_id=seat.node_id, tail=first.tail, infra=True)
@@ -656,6 +662,12 @@ def _outcome(results: list[RunResult], seats: list[Seat], orders: list[RunOrder]
         signal=first.signal,
         tail=first.tail,
     )
+
+
+def _as_cause(result: RunResult) -> tuple[bool, bool, float]:
+    """Where a failed bundle stands among those that may have brought down the gang: the least one did."""
+    explained = any(each.infra for each in result.xids)
+    return not explained, result.stopped and result.failed_at > 0, result.failed_at
 
 
 def _python_problem(spec: JobSpec, seats: list[Seat]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rm.core.gpu_errors import Xid
 from rm.core.model import Kind, attempt_key
 
 
@@ -89,4 +90,6 @@ class RunResult:
     port: int = 0
     """Where it is clean: free there now, for the next attempt's rendezvous."""
     progress: dict[str, Any] | None = None
+    xids: tuple[Xid, ...] = ()
+    """What the driver reported of the bundle's GPUs meanwhile."""
     failed_at: float = field(default=0.0)

@@ -22,6 +22,7 @@ from rm.runtime.bundle_run import BundleRun
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
+from rm.runtime.xid_watch import XidWatch
 
 log = logging.getLogger("rm.runner")
 
@@ -44,6 +45,7 @@ class Runner:
         self._nursery.start()
         self._preloading = Preloading()
         self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        self._xids = XidWatch(self._gpu_ids)
 
     async def seat(self) -> Seat:
         """Where this runner is, and a port that is free there now."""
@@ -101,7 +103,7 @@ class Runner:
         await self._run(key).stop(grace_s)
 
     def _run(self, key: str) -> BundleRun:
-        return self._runs.setdefault(key, BundleRun(self._nursery, self._preloading))
+        return self._runs.setdefault(key, BundleRun(self._nursery, self._preloading, self._xids))
 
     async def _are_empty(self, order: RunOrder) -> bool:
         """Whether the GPUs' driver shows none of the attempt's processes, nor a stranger's, on our whole devices."""

@@ -19,6 +19,7 @@ from rm.core.events import (
     CheckpointReported,
     Event,
     ForeignUseObserved,
+    GpuErrorsSeen,
     GpusQuarantined,
     HoldChanged,
     JobAdmitted,
@@ -80,7 +81,7 @@ class Stage(FakeCluster):
                  "launchable": self._launchable, "launches": self._launches,
                  "launch_failed": self._launch_failed,
                  "lose": self._lose, "foreign": self._foreign, "quarantine": self._quarantine,
-                 "cordon": self._cordon, "drain": self._drain,
+                 "broken": self._broken, "cordon": self._cordon, "drain": self._drain,
                  "uncordon": self._uncordon, "release": self._release,
                  "finish": self._finish, "fail": self._fail, "lost": self._lost, "unready": self._unready,
                  "checkpoint": self._checkpoint, "cancel": self._cancel, "hold": self._hold,
@@ -166,6 +167,11 @@ class Stage(FakeCluster):
         """By node, how many GPUs strays are on; 0: they are gone."""
         self.dates.clear()
         return [GpusQuarantined(self.now, name, gpu_units(gpus)) for name, gpus in words.items()]
+
+    def _broken(self, words: Mapping[str, str]) -> list[Event]:
+        """By node, what the driver says of a GPU there."""
+        self.dates.clear()
+        return [GpuErrorsSeen(self.now, name, why) for name, why in words.items()]
 
     def _cordon(self, words: Mapping[str, str]) -> list[Event]:
         self.dates.clear()

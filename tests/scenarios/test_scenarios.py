@@ -22,7 +22,7 @@ FILES = sorted(HERE.glob("*.yaml"))
 EXPECTED = {"decisions", "wanted", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
-    "lost", "unready", "checkpoint", "cancel", "hold", "unhold", "submit", "steady",
+    "lost", "unready", "checkpoint", "broken", "cancel", "hold", "unhold", "submit", "steady",
     "cordon", "quarantine", "drain", "uncordon", "launches", "launch_failed",
 }  # fmt: skip
 
