@@ -16,15 +16,21 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from itertools import chain
+from itertools import chain, islice
 from math import inf
 
 from rm.core.books import START_S
-from rm.core.capacity import NodeClass, copies_in, usable
-from rm.core.model import Attempt, Job, PlacedBundle
+from rm.core.capacity import Capacity, NodeClass, copies_in, usable
+from rm.core.model import Attempt, Gang, Job, Node, PlacedBundle
+from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, Devices
 from rm.core.state import ClusterState
+
+MOST_NODES = 64
+"""Nodes up to which it pays to remember by which of them a reservation without a date was chosen."""
+MOST_CHOSEN = 64
+"""Such reservations that are remembered, for different gangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +90,16 @@ def reserve(
 
     `sooner_than`: None too where it fits only at this time or later.
     """
+    undated = sooner_than is None and _nothing_dated(state, promised, fresh)
+    if undated:
+        same = _chosen(state).get((job.gang, *classes))
+        if same is not None and same.stands(job.gang, state.capacity, classes):
+            return replace(same.reservation, job_id=job.id)
     relief = Relief(job.gang, state.capacity, classes, promised.owed)
     gone: set[tuple[str, int]] = set()
+    looked: list[Node] = []
     dated = _by_end(state, job.id, promised, now, fresh)
-    for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh)):
+    for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh, looked)):
         if sooner_than is not None and end >= sooner_than:
             return None
         gone.add((other.id, attempt.number))
@@ -96,8 +108,79 @@ def reserve(
             if places is not None:
                 need = needs(job.gang.bundle, places)
                 counted = gone & (_on(need, state) | {(each.id, mine.number) for _, each, mine in fresh})
-                return Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
+                found = Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
+                if undated:
+                    _remember(found, len(looked), relief, job, state, classes)
+                return found
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A reservation without a date, and all that it was chosen by.
+
+    `first`: the emptiest nodes in order, as far as they were looked at or have room for a bundle as they are, and
+    `roomy`, how many have. `others`: where else those run that were looked at. A node's record is another one as soon
+    as anything moves there: while these are the same ones the choice would be the same.
+    """
+
+    reservation: Reservation
+    roomy: int
+    first: tuple[Node, ...]
+    others: tuple[Node, ...]
+
+    def stands(self, gang: Gang, capacity: Capacity, classes: Sequence[NodeClass]) -> bool:
+        """Whether the same would be chosen now."""
+        first = islice(_emptiest(capacity, classes), len(self.first))
+        return (
+            [*map(id, first)] == [*map(id, self.first)]
+            and self.roomy == _roomy(gang, classes)
+            and all(each.id in capacity and capacity[each.id] is each for each in self.others)
+        )
+
+
+def _chosen(state: ClusterState) -> dict[tuple[object, ...], _Chosen]:
+    """What was chosen last without a date, by gang and classes."""
+    known = state.plans.setdefault("chosen", {})
+    assert isinstance(known, dict)
+    return known
+
+
+def _nothing_dated(state: ClusterState, promised: Promised, fresh: Fresh) -> bool:
+    """Whether no end is known and nobody waits for one: then only the nodes decide, which `_Chosen` watches."""
+    ends = state.books.ends
+    return (
+        not (state.books.ending or promised.stopped or promised.owed)
+        and (not ends or ends[0][0] == inf)
+        and all(end == inf for end, _, _ in fresh)
+    )
+
+
+def _remember(
+    found: Reservation,
+    looked: int,
+    relief: Relief,
+    job: Job,
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+) -> None:
+    """Note what was chosen for `job` after a look at so many nodes."""
+    roomy = _roomy(job.gang, classes)
+    most = max(looked, roomy)
+    if most > MOST_NODES:
+        return
+    known = _chosen(state)
+    if len(known) >= MOST_CHOSEN:
+        known.clear()
+    first = tuple(islice(_emptiest(state.capacity, classes), most))
+    others = relief.node_ids.difference(each.id for each in first)
+    known[job.gang, *classes] = _Chosen(found, roomy, first, tuple(map(state.capacity.__getitem__, others)))
+
+
+def _roomy(gang: Gang, classes: Sequence[NodeClass]) -> int:
+    """How many nodes have room for a bundle, as far as whole GPUs go."""
+    gpus = gang.bundle.gpu_units // GPU_UNIT
+    return sum(len(nodes) for each in classes for nodes in each.whole[gpus:])
 
 
 def needs(bundle: Bundle, places: Iterable[PlacedBundle]) -> dict[str, Amount]:
@@ -302,13 +385,27 @@ def _by_end(
         yield max(end, now), job, attempt
 
 
+def _emptiest(capacity: Capacity, classes: Sequence[NodeClass]) -> Iterator[Node]:
+    """The nodes, those with most whole devices free first."""
+    most = max((len(each.whole) - 1 for each in classes), default=-1)
+    for free in range(most, -1, -1):
+        for group in classes:
+            if free < len(group.whole):
+                for number in group.whole[free]:
+                    yield capacity.node_numbered(number)
+
+
 def _emptiest_first(
-    state: ClusterState, classes: Sequence[NodeClass], promised: Promised, fresh: Fresh
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+    promised: Promised,
+    fresh: Fresh,
+    looked: list[Node],
 ) -> Iterator[tuple[float, Job, Attempt]]:
     """The endless attempts, node by node: where most is free already, least has to end.
 
     Nobody knows when they end, and those that run longest are not the ones to end first: they have shown that they
-    are long. So what counts is how little must end.
+    are long. So what counts is how little must end. `looked`: gets the nodes that it came to.
     """
     given: set[str] = set()
     on_node: dict[str, list[tuple[Job, Attempt]]] = {}
@@ -316,22 +413,16 @@ def _emptiest_first(
         if end == inf:
             for node_id in {each.node_id for each in attempt.placed}:
                 on_node.setdefault(node_id, []).append((job, attempt))
-    capacity = state.capacity
-    most = max((len(each.whole) - 1 for each in classes), default=-1)
-    for free in range(most, -1, -1):
-        for group in classes:
-            if free >= len(group.whole):
-                continue
-            for number in group.whole[free]:
-                node_id = capacity.node_numbered(number).id
-                here = list(on_node.get(node_id, ()))
-                for job_id in state.books.charged_on.get(node_id, ()):
-                    job = state.jobs[job_id]
-                    endless = state.books.planned_end(job) == inf and job_id not in state.books.ending
-                    if endless and job_id not in promised.stopped and job.attempt is not None:
-                        here.append((job, job.attempt))
-                # In one order, whether this cycle has admitted them or the one before: else the two would disagree.
-                for job, attempt in sorted(here, key=lambda each: each[0].seq):
-                    if job.id not in given:
-                        given.add(job.id)
-                        yield inf, job, attempt
+    for node in _emptiest(state.capacity, classes):
+        looked.append(node)
+        here = list(on_node.get(node.id, ()))
+        for job_id in state.books.charged_on.get(node.id, ()):
+            job = state.jobs[job_id]
+            endless = state.books.planned_end(job) == inf and job_id not in state.books.ending
+            if endless and job_id not in promised.stopped and job.attempt is not None:
+                here.append((job, job.attempt))
+        # In one order, whether this cycle has admitted them or the one before: else the two would disagree.
+        for job, attempt in sorted(here, key=lambda each: each[0].seq):
+            if job.id not in given:
+                given.add(job.id)
+                yield inf, job, attempt

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 from rm.core.model import GPU_TYPE, Gang, Node, NodeShape, PlacedBundle
@@ -144,6 +145,11 @@ class Capacity:
     def totals(self) -> Totals:
         foreign = self._total - self._charged - self._free
         return Totals(self._total, self._charged, foreign, self._free)
+
+    @property
+    def free_units(self) -> int:
+        """GPU units that are free on all nodes together."""
+        return self._free
 
     def class_of(self, node_id: str) -> NodeClass:
         return self._class_of[node_id]
@@ -295,8 +301,11 @@ class Capacity:
         return len(self._journal)
 
     def rollback(self, mark: int) -> None:
-        while len(self._journal) > mark:
-            self._set(self._journal.pop())
+        # Of each node only what it was first: what a trial made of it in between need not be seen again.
+        before = {node.id: node for node in reversed(self._journal[mark:])}
+        del self._journal[mark:]
+        for node in before.values():
+            self._set(node)
         self._trials -= 1
 
     # --- index -------------------------------------------------------------------------------------------------
@@ -314,23 +323,21 @@ class Capacity:
 
     def _index(self, node: Node, number: int, group: NodeClass, sign: int) -> None:
         devices = usable(node)
-        free = devices.free
-        total = sum(free)
-        whole = free.count(GPU_UNIT)
+        total, whole, parts = _counted(devices.free)
+        idle = total if devices is node.devices else _counted(node.devices.free)[0]
         change = insort if sign > 0 else _remove
         change(group.whole[whole], number)
-        if total != whole * GPU_UNIT:
-            for part in {each for each in free if 0 < each < GPU_UNIT}:
-                nodes = group.partial.setdefault(part, [])
-                change(nodes, number)
-                if not nodes:
-                    del group.partial[part]
+        for part in parts:
+            nodes = group.partial.setdefault(part, [])
+            change(nodes, number)
+            if not nodes:
+                del group.partial[part]
         group.free_units += sign * total
         group.cordoned += sign * node.cordoned
         if node.quarantined_units and not node.cordoned:
             group.quarantined += sign * min(node.quarantined_units, node.devices.total_free)
         self._free += sign * total
-        self._charged += sign * (node.gpu_slots * GPU_UNIT - node.devices.total_free)
+        self._charged += sign * (node.gpu_slots * GPU_UNIT - idle)
 
     def check(self) -> None:
         """The index and the totals, worked out again from the nodes. AssertionError where they differ."""
@@ -350,6 +357,13 @@ class Capacity:
             ours = group.size, group.free_units, group.cordoned, group.quarantined
             theirs = again.size, again.free_units, again.cordoned, again.quarantined
             assert ours == theirs, f"sizes of {key}"
+
+
+@lru_cache(maxsize=65_536)
+def _counted(free: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """Units in all, whole devices, and the different amounts that are free on partly used ones."""
+    parts = {each for each in free if 0 < each < GPU_UNIT}
+    return sum(free), free.count(GPU_UNIT), tuple(parts)
 
 
 def copies_in(bundle: Bundle, devices: Devices, cpu_milli: int, memory_bytes: int) -> int:

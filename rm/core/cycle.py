@@ -450,7 +450,7 @@ class Cycle:
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
-                self._fit &= fitting(self.state)
+                self._fit = fitting(self.state, self._fit)
             return True
         if self._in_time(turn, options):
             return True
@@ -615,7 +615,7 @@ class Cycle:
             self.wake_at(patient_until)
             return
         self._keep(job, option, reservation)
-        self._fit &= fitting(self.state)
+        self._fit = fitting(self.state, self._fit)
 
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
@@ -796,8 +796,8 @@ class Cycle:
                 short |= shape.bit
         if not short:
             return 0
-        with self.kept.lifted():
-            return fitting(self.state) & short
+        with self.kept.passed_over():
+            return fitting(self.state, short)
 
     def _before(self, turn: Turn) -> tuple[float, ...]:
         """What counts more than the order over all queues: whose victims have gone, then who takes its own."""

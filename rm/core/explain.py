@@ -324,18 +324,20 @@ def _fits_in_time(cycle: Cycle, job: Job, options: Sequence[Option]) -> bool:
     """Whether the job has a place where it ends before what is kept there is due."""
     end = end_if_started(job, cycle.state, cycle.now)
     in_time = [each for each in options if end <= cycle.kept.due(each.classes)]
-    with cycle.kept.lifted():
+    with cycle.kept.passed_over():
         return _fits_somewhere(cycle, job, in_time) is not None
 
 
 def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reason | None:
     if not cycle.kept.holds or job.id in cycle.kept.reservations:
         return None
-    with cycle.kept.lifted():
+    with cycle.kept.passed_over():
         fits = _fits_somewhere(cycle, job, options)
     if fits is None:
         return None
-    bare = replace(job, gang=replace(job.gang, bundle=Bundle(job.gang.bundle.gpu_units)))
+    bare, bundle = job, Bundle(job.gang.bundle.gpu_units)
+    if bundle != job.gang.bundle:
+        bare = replace(job, gang=replace(job.gang, bundle=bundle))
     what = "GPUs" if _fits_somewhere(cycle, bare, options) is None else "CPUs and memory"
     owner = next(
         (each for each in cycle.kept.reservations.values() if any(node in each.need for node in fits)), None

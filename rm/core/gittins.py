@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import accumulate
 
 from rm.core.model import Job
 from rm.core.resources import GPU_UNIT
@@ -42,8 +43,8 @@ class Remaining:
     """Survival tables by context, and the ranks that follow from them."""
 
     def __init__(self) -> None:
-        self._tables: dict[Context, tuple[list[float], list[float]]] = {}
-        """Context → jobs that ended in each bin, jobs that ended in it or later."""
+        self._tables: dict[Context, list[int]] = {}
+        """Context → jobs that ended in each bin."""
         self._learnt = 0
         self._ranks: dict[Context, tuple[int, list[float]]] = {}
 
@@ -56,11 +57,8 @@ class Remaining:
             if table is None:
                 if len(self._tables) >= CONTEXTS_KEPT:
                     continue
-                table = self._tables[context] = ([0.0] * BINS, [0.0] * BINS)
-            ended, seen = table
-            ended[last] += 1.0
-            for each in range(last + 1):
-                seen[each] += 1.0
+                table = self._tables[context] = [0] * BINS
+            table[last] += 1
 
     def rank(self, job: Job, age_s: float) -> float:
         """Seconds: lower comes first. Never below one."""
@@ -74,9 +72,10 @@ class Remaining:
     def _hazards(self, chain: tuple[Context, ...]) -> list[float]:
         hazards = [HAZARD] * BINS
         for context, trust in zip(chain, TRUST, strict=True):
-            table = self._tables.get(context)
-            if table is not None:
-                ended, seen = table
+            ended = self._tables.get(context)
+            if ended is not None:
+                later = accumulate(reversed(ended))  # in this bin or a later one, from the last bin on
+                seen = [*later][::-1]
                 hazards = [
                     (ended[each] + trust * hazards[each]) / (seen[each] + trust) for each in range(BINS)
                 ]

@@ -76,6 +76,17 @@ class Kept:
             for reservation in self.reservations.values():
                 self._hold(reservation)
 
+    @contextmanager
+    def passed_over(self) -> Iterator[None]:
+        """As `lifted`, where nothing is given away meanwhile and nothing forgotten: the same is held afterwards."""
+        mark = self._state.capacity.mark()
+        for node_id, held in self.holds.items():
+            self._state.capacity.keep_free(node_id, -held)
+        try:
+            yield
+        finally:
+            self._state.capacity.rollback(mark)
+
     def promised(self, stopped: Collection[str]) -> Promised:
         """What whoever asks next must not plan with. `stopped`: whom the cycle has told to stop."""
         return Promised(self.owed(), self.reservations.keys(), stopped)

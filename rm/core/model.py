@@ -90,6 +90,8 @@ class Gang:
 
     def sized(self, count: int) -> Gang:
         """The same with exactly `count` bundles."""
+        if self.count == count and not self.least:
+            return self
         return Gang(self.bundle, count, self.strategy, self.gpu_types, self.labels)
 
     def at_most(self, count: int) -> Gang:

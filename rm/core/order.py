@@ -245,7 +245,10 @@ def borrowing(within: tuple[bool, ...]) -> float:
 def queue_key(queue: str, within: tuple[bool, ...], state: ClusterState) -> tuple[object, ...]:
     """Where a queue stands among the queues: lower comes first. `within`: see `QuotaTree.within`."""
     quota = state.books.quota
-    levels = tuple(
-        (not owns, quota.share(name)) for owns, name in zip(within, quota.path(queue), strict=True)
-    )
-    return (not any(within), levels, quota.share_of_nominal(queue), queue)
+    known = quota.places(queue)
+    if within not in known:
+        levels = tuple(
+            (not owns, quota.share(name)) for owns, name in zip(within, quota.path(queue), strict=True)
+        )
+        known[within] = (not any(within), levels, quota.share_of_nominal(queue), queue)
+    return known[within]

@@ -80,12 +80,14 @@ class QuotaTree:
         self._capacity: dict[str, int] = {}
         self._trees: dict[str, dict[str, _Tally]] = {}
         self._paths: dict[str, tuple[str, ...]] = {}
+        self._places: dict[str, dict[tuple[bool, ...], tuple[object, ...]]] = {}
         self._lent: dict[str, tuple[int, int]] = {}
         """Kind → what all queues lend together, and what they keep for themselves."""
         self.resize(capacity or {})
 
     def resize(self, capacity: Mapping[str, int]) -> None:
         """The cluster has, or could launch, these units by GPU type."""
+        self._places.clear()
         self._capacity = {}
         for gpu_type, units in capacity.items():
             kind = self.kind(gpu_type)
@@ -182,7 +184,15 @@ class QuotaTree:
 
     def add(self, queue: str, kind: str, units: int) -> None:
         """Charge `units` (negative: give back)."""
+        if len(self.path(queue)) > 1:
+            self._places.clear()  # others stand below the same teams
+        else:
+            self._places.pop(queue, None)
         self._tree(kind)[queue].add(units)
+
+    def places(self, queue: str) -> dict[tuple[bool, ...], tuple[object, ...]]:
+        """What `order.queue_key` has worked out for the queue; forgotten when a share on its path may change."""
+        return self._places.setdefault(queue, {})
 
     def share(self, queue: str) -> float:
         """Weighted share: borrowed × 1000 / lendable, the largest over kinds, divided by the weight."""

@@ -79,6 +79,11 @@ class Relief:
         """The attempt's bundles come back. True where any of it is on nodes that count here."""
         return self._move(bundle, attempt.placed, +1)
 
+    @property
+    def node_ids(self) -> frozenset[str]:
+        """The nodes that count here and on which anything came back."""
+        return frozenset(self._sites)
+
     def take(self, bundle: Bundle, attempt: Attempt) -> None:
         """The inverse of `give`."""
         self._move(bundle, attempt.placed, -1)

@@ -199,7 +199,10 @@ class Searches:
         """The same, whatever the order."""
         if self._lawful is None:
             borrowers = self._borrowers()
-            rights = {queue: self._rights(queue, borrowers) for queue in self._state.pending.groups}
+            rules = self._state.policy.queues.values()
+            anybody = borrowers or self._victims.elastic_queues or any(each.preempts for each in rules)
+            queues = self._state.pending.groups if anybody else ()
+            rights = {queue: self._rights(queue, borrowers) for queue in queues}
             self._lawful = {queue: mask for queue, mask in rights.items() if mask}
         return self._lawful
 

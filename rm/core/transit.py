@@ -190,11 +190,17 @@ class Transit:
         return most
 
 
-def fitting(state: ClusterState) -> int:
-    """The bits of the waiting shapes that may fit somewhere: an upper bound, so that nobody is missed."""
+def fitting(state: ClusterState, among: int = -1) -> int:
+    """The bits of the waiting shapes that may fit somewhere: an upper bound, so that nobody is missed.
+
+    `among`: the bits of those that are asked, by default all.
+    """
     mask, capacity = 0, state.capacity
+    among &= state.pending.no_larger(capacity.free_units)
+    if not among:
+        return 0
     for shape in state.pending.shapes.values():
-        if may_fit(shape.gang, capacity.matching(shape.gang)):
+        if shape.bit & among and may_fit(shape.gang, capacity.matching(shape.gang)):
             mask |= shape.bit
     return mask
 

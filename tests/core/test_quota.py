@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.fairshare import SOON_S, Usage, soon
+from rm.core.order import queue_key
 from rm.core.policy import ANY, Policy, QueuePolicy
 from rm.core.quota import UNLIMITED, QuotaTree
+from rm.core.state import ClusterState
 
 NAMES = ("team", "team/x", "team/y", "lone")
 LEAVES = ("team/x", "team/y", "lone")
@@ -181,3 +183,25 @@ def test_an_admission_counts_as_if_it_had_been_held_for_a_while() -> None:
     later = Usage(current=8)
     later.settle(SOON_S, half_life_s)
     assert usage.standing(0.0, half_life_s) == pytest.approx(later.average)
+
+
+CHANGES = st.lists(st.tuples(st.sampled_from(LEAVES), st.integers(1, 6), st.booleans()), max_size=8)
+
+
+@given(trees(), CHANGES)
+@settings(max_examples=100, deadline=None)
+def test_a_remembered_place_among_the_queues_is_the_one_of_now(
+    policy: Policy, changes: list[tuple[str, int, bool]]
+) -> None:
+    state, used = ClusterState(policy), dict.fromkeys(LEAVES, 0)
+    for queue, units, back in changes:
+        quota = state.books.quota
+        change = -units if back and used[queue] >= units else units
+        quota.add(queue, ANY, change)
+        used[queue] += change
+        fresh = ClusterState(policy)
+        for each, held in used.items():
+            fresh.books.quota.add(each, ANY, held)
+        for each in LEAVES:
+            within = quota.within(each, ANY, 1)
+            assert queue_key(each, within, state) == queue_key(each, within, fresh), f"{each} after {queue}"
