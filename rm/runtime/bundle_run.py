@@ -134,7 +134,6 @@ class BundleRun:
         self._xids.take()  # what comes late from the one before
         attempt = f"{order.job_id}.{order.attempt}"
         self._launched = await Launched.start(attempt, processes, order.grace_s, nursery, str(workspace.path))
-        nursery.prepare()
         self._shipper = shipper
         self._started.set()
         if self._stop_asked:
@@ -142,6 +141,7 @@ class BundleRun:
         background = [asyncio.create_task(shipper.run()), asyncio.create_task(self._pass_on_reports(order))]
         try:
             outcome = await self._launched.wait()
+            nursery.prepare()  # where the keeper does not stay
             # A stop that comes from now on finds nobody: they ended by themselves.
             stopped = self._stop_asked
         finally:
