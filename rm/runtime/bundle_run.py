@@ -39,10 +39,14 @@ _NODE_FAILED = frozenset({"keeper_lost", "stuck", "no_process"})
 class BundleRun:
     """Made by whoever speaks of it first: a stop may come before the order."""
 
-    def __init__(self, nursery: Nursery, preloading: Preloading, xids: XidWatch) -> None:
+    def __init__(
+        self, nursery: Nursery, preloading: Preloading, xids: XidWatch, store: Link, allocator: Link
+    ) -> None:
         self._nursery = nursery
         self._preloading = preloading
         self._xids = xids
+        self._store = store
+        self._allocator = allocator
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._shipper: LogShipper | None = None
@@ -115,7 +119,7 @@ class BundleRun:
             await asyncio.to_thread(workspace.remove)
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
-        store = Link("store")
+        store = self._store
         payload = working_dir = None
         if order.kind is Kind.FUNCTION:
             payload = await store.call("get_blob", order.payload_sha256)
@@ -130,7 +134,6 @@ class BundleRun:
         self._xids.take()  # what comes late from the one before
         attempt = f"{order.job_id}.{order.attempt}"
         self._launched = await Launched.start(attempt, processes, order.grace_s, nursery, str(workspace.path))
-        nursery.prepare()
         self._shipper = shipper
         self._started.set()
         if self._stop_asked:
@@ -138,6 +141,7 @@ class BundleRun:
         background = [asyncio.create_task(shipper.run()), asyncio.create_task(self._pass_on_reports(order))]
         try:
             outcome = await self._launched.wait()
+            nursery.prepare()  # where the keeper does not stay
             # A stop that comes from now on finds nobody: they ended by themselves.
             stopped = self._stop_asked
         finally:
@@ -202,14 +206,13 @@ class BundleRun:
         return replace(result, xids=xids, message=message, lost=lost)
 
     async def _pass_on_reports(self, order: RunOrder) -> None:
-        allocator = Link("allocator")
         while True:
             await asyncio.sleep(REPORT_S)
             if self._read_reports(order) and order.first_rank == 0:
                 # Progress is a courtesy: what can't be passed on now is passed on with the next.
                 with contextlib.suppress(RayError, ValueError):
                     report = _aged(self._progress[0])
-                    await allocator.call("progress", order.job_id, order.attempt, report, give_up_s=5)
+                    await self._allocator.call("progress", order.job_id, order.attempt, report, give_up_s=5)
 
     def _read_reports(self, order: RunOrder) -> bool:
         """Take in what ranks reported. True where rank 0 said something new."""

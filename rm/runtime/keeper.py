@@ -22,11 +22,15 @@ finds the rest.
 Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemonised grandchild then escapes
 to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
 
-JSON lines in: first {"attempt", "grace_s", "scratch", "procs": [a `processes.RankProcess` each]},
+JSON lines in: first {"attempt", "grace_s", "scratch", "stay", "procs": [a `processes.RankProcess` each]},
 then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
 JSON lines out: ready (or unborn), started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
 words them.
+
+An order with "stay" asks guard and keeper to wait for another one where nothing of this one is left: three forks of a
+Python in advance of each attempt would cost more than all that the attempt itself needs of us. `done` then has "waits".
+What is meant for an attempt can come when it is over: "attempt" in stop and kill says for which one it is.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 ATTEMPT_KEY = "RM_ATTEMPT_KEY"  # the environment variable that marks every process of an attempt
+IDLE_NAME = b"rm-keeper"  # as ps shows a keeper that has no attempt at present
 REAP_LIMIT_S = 10.0  # how long a SIGKILLed process may take to die before it is reported as stuck
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -293,14 +298,10 @@ class Keeper:
     """
 
     def __init__(self, runner: int) -> None:
-        self.ranks: list[Rank] | None = None  # None until the order has come
-        self.by_pid: dict[int, Rank] = {}
-        self.starting: dict[int, Rank] = {}  # by exec_pipe
-        self.grace_s = 0.0
-        self.kill_at: float | None = None  # set: stopping; SIGKILL for all at this monotonic time
-        self.first_failed: int | None = None
-        self.scratch = ""  # a directory to remove if the runner does not live to do it
+        self.forget()
+        self.guard = os.getppid()
         self.orphaned = False
+        self.leaving = False  # asked to end by a signal
         self.inbox = b""
         self.wake, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
@@ -314,10 +315,29 @@ class Keeper:
         for fd in self.lifelines:
             self.poll.register(fd, select.POLLIN if fd == runner else 0)
 
+    def forget(self) -> None:
+        """As before any order."""
+        self.attempt = ""
+        self.ranks: list[Rank] | None = None  # None until the order has come
+        self.by_pid: dict[int, Rank] = {}
+        self.starting: dict[int, Rank] = {}  # by exec_pipe
+        self.grace_s = 0.0
+        self.kill_at: float | None = None  # set: stopping; SIGKILL for all at this monotonic time
+        self.first_failed: int | None = None
+        self.scratch = ""  # a directory to remove if the runner does not live to do it
+        self.stay = False
+
     def run(self) -> None:
-        """Serve until only killing is left to do, then do that and say `done`."""
+        """One attempt, or one after the other."""
         subreaper = set_process_option(PR_SET_CHILD_SUBREAPER, 1)
-        self.emit({"event": "ready", "keeper": os.getpid(), "guard": os.getppid(), "subreaper": subreaper})
+        self.emit({"event": "ready", "keeper": os.getpid(), "guard": self.guard, "subreaper": subreaper})
+        while self.serve(subreaper=subreaper):
+            self.forget()
+            call_oneself(IDLE_NAME)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})  # as `kill_descendants` leaves it
+
+    def serve(self, *, subreaper: bool) -> bool:
+        """Serve until only killing is left to do, then do that and say `done`. Whether another attempt may follow."""
         while not self.is_over():
             left_s = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
             for fd, _ in self.poll.poll(None if left_s is None else int(left_s * 1000) + 1):
@@ -341,9 +361,16 @@ class Keeper:
             import shutil  # slow to import, and seldom needed
 
             shutil.rmtree(self.scratch, ignore_errors=True)
-        self.emit(
-            {"event": "done", "first_failed": self.first_failed, "leftovers_killed": killed, "stuck": stuck}
-        )
+        done = {
+            "event": "done",
+            "first_failed": self.first_failed,
+            "leftovers_killed": killed,
+            "stuck": stuck,
+        }
+        unfit = stuck or self.starting or self.orphaned or self.leaving or os.getppid() != self.guard
+        waits = self.stay and subreaper and not unfit
+        self.emit(done | {"waits": True} if waits else done)
+        return waits
 
     def is_over(self) -> bool:
         """Whether only killing is left to do."""
@@ -361,6 +388,7 @@ class Keeper:
         try:
             os.write(1, json.dumps(event).encode() + b"\n")
         except OSError:
+            self.orphaned = True
             self.kill()
 
     def on_input(self) -> None:
@@ -377,6 +405,8 @@ class Keeper:
             message = json.loads(line)
             if "procs" in message:
                 self.start(message)
+            elif message.get("attempt", self.attempt) != self.attempt:
+                continue
             elif message["do"] == "stop":
                 self.stop(float(message["grace_s"]))
             else:
@@ -385,6 +415,7 @@ class Keeper:
     def on_signals(self) -> None:
         """SIGCHLD: reap. A signal that asks the keeper to end: stop the ranks with the order's grace."""
         if set(os.read(self.wake, 1 << 12)) - {signal.SIGCHLD}:
+            self.leaving = True
             self.stop(self.grace_s)
         self.reap()
 
@@ -405,7 +436,9 @@ class Keeper:
         """Fork every rank; their execs go on in parallel. One that cannot be forked fails like any other."""
         self.grace_s = float(message["grace_s"])
         self.scratch = message.get("scratch", "")
-        call_oneself(message["attempt"].encode())
+        self.stay = message.get("stay", False)
+        self.attempt = message["attempt"]
+        call_oneself(self.attempt.encode())
         self.ranks = [Rank(order) for order in message["procs"]]
         unborn: list[Rank] = []
         for rank in self.ranks:

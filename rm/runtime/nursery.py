@@ -11,7 +11,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rm.runtime import keeper
@@ -21,7 +21,7 @@ LINE_LIMIT_BYTES = 1 << 20
 
 
 class Talk:
-    """A keeper's two ends. Both must be closed, by `hush` and by reading to the end."""
+    """The two ends of a talk with a keeper: about one attempt, or about one after the other."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, transport: asyncio.WriteTransport
@@ -30,6 +30,7 @@ class Talk:
         self._writer = writer
         self._transport = transport
         self._first = b""
+        self._begun = False
 
     async def ready(self) -> None:
         """Wait for its first words, which say that it listens."""
@@ -37,31 +38,30 @@ class Talk:
 
     @property
     def waits(self) -> bool:
-        """Of one that was `ready`: whether it still is."""
+        """Of one that was `ready`, or has ended an attempt: whether it still listens."""
         return bool(self._first) and not self._reader.at_eof()
 
-    async def lines(self) -> AsyncIterator[bytes]:
-        """What it says, to the end, which is when neither keeper nor guard lives any more."""
-        try:
-            if self._first:
-                yield self._first
-            async for line in self._reader:
-                yield line
-        finally:
-            self._writer.close()
+    async def line(self) -> bytes:
+        """What it says next, for each attempt its first words first. Empty when neither keeper nor guard lives."""
+        if not self._first:
+            self._first = await self._reader.readline()
+        if self._begun:
+            return await self._reader.readline()
+        self._begun = True
+        return self._first
+
+    def begin_anew(self) -> None:
+        """The attempt is over, and the keeper waits for the next one."""
+        self._begun = False
 
     def tell(self, line: bytes) -> None:
         """Nothing happens where it listens no more."""
         if not self._transport.is_closing():
             self._transport.write(line)
 
-    def break_off(self) -> None:
-        """Neither hear nor tell any more: it kills all and ends."""
+    def close(self) -> None:
+        """Neither hear nor tell any more. While it lives it takes this for our death, kills all, and ends."""
         self._writer.close()
-        self._transport.close()
-
-    def hush(self) -> None:
-        """Nothing more will be told. While it lives it takes this for our death, and kills all."""
         self._transport.close()
 
 
@@ -103,13 +103,21 @@ class Nursery:
             return b""
 
     async def keeper(self, attempt: str) -> Talk:
-        """A guard and a keeper for the attempt, the one that was prepared if there is one. Raises OSError."""
+        """A guard and a keeper for the attempt: those that wait, if there are any. Raises OSError."""
         spare, self._spare = self._spare, None
         if spare is not None:
             if spare.waits:
                 return spare
-            spare.break_off()
+            spare.close()
         return await self._new(attempt)
+
+    def take_back(self, talk: Talk) -> bool:
+        """A keeper has ended its attempt and waits for the next one: whether it is wanted."""
+        if self._spare is not None or not self.alive:
+            return False
+        talk.begin_anew()
+        self._spare = talk
+        return True
 
     def prepare(self) -> None:
         """Have a keeper ready for the attempt to come: it takes milliseconds to make, and now nobody waits for it."""
@@ -118,12 +126,12 @@ class Nursery:
 
     async def _prepare(self) -> None:
         with contextlib.suppress(OSError):  # the attempt to come will try again, and say so
-            spare = await self._new("rm-keeper")
+            spare = await self._new(keeper.IDLE_NAME.decode())
             await spare.ready()
             if self._spare is None and self.alive:
                 self._spare = spare
             else:
-                spare.break_off()
+                spare.close()
 
     async def _new(self, attempt: str) -> Talk:
         # Not one socket for both ways: an answer must still be read when the other side no longer listens.
@@ -143,7 +151,7 @@ class Nursery:
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            (await opening).break_off()
+            (await opening).close()
             raise
 
     def _hand_in(self, attempt: str, told: socket.socket, says: socket.socket) -> None:
@@ -154,7 +162,7 @@ class Nursery:
     def close(self) -> None:
         """End it. Attempts under way go on: they are not its."""
         if self._spare is not None:
-            self._spare.break_off()
+            self._spare.close()
             self._spare = None
         if self._requests is not None:
             self._requests.close()

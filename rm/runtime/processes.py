@@ -98,9 +98,10 @@ class Launched:
     If the runner dies, or just drops its end of the pipe, everything that was started is killed at once.
     """
 
-    def __init__(self, attempt: str, procs: Sequence[RankProcess], talk: Talk) -> None:
+    def __init__(self, attempt: str, procs: Sequence[RankProcess], nursery: Nursery, talk: Talk) -> None:
         self.attempt = attempt
         self._procs = tuple(procs)
+        self._nursery = nursery
         self._talk = talk
         self._pids: dict[int, int] = {}
         self._exits: dict[int, RankExit] = {}
@@ -121,9 +122,9 @@ class Launched:
         `scratch`: a directory that the keeper removes when the caller's process dies before the end.
         """
         _check(procs)
-        launched = cls(attempt, procs, await nursery.keeper(attempt))
+        launched = cls(attempt, procs, nursery, await nursery.keeper(attempt))
         ranks = [asdict(each) for each in procs]
-        launched._send({"attempt": attempt, "grace_s": grace_s, "scratch": scratch, "procs": ranks})
+        launched._send({"grace_s": grace_s, "scratch": scratch, "stay": True, "procs": ranks})
         try:
             await launched._all_reported.wait()
         except asyncio.CancelledError:
@@ -160,16 +161,19 @@ class Launched:
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._following.done():
-            self._talk.tell(json.dumps(message).encode() + b"\n")
+            self._talk.tell(json.dumps({"attempt": self.attempt, **message}).encode() + b"\n")
 
     async def _follow(self) -> LaunchOutcome:
         """Turn the keeper's lines into the outcome. Runs as a task of its own for as long as the attempt."""
         last: dict[str, Any] = {}
+        wanted = False
         try:
-            async for line in self._talk.lines():
+            while not last.get("waits") and (line := await self._talk.line()):
                 last = self._take(json.loads(line))
+            wanted = "waits" in last and self._nursery.take_back(self._talk)
         finally:
-            self._talk.hush()  # also when this event loop ends early: the keeper then kills all
+            if not wanted:
+                self._talk.close()  # also when this event loop ends early: the keeper then kills all
             self._all_reported.set()
         swept = 0
         if last.get("event") != "done" or not self._ready.get("subreaper"):

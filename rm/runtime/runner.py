@@ -19,6 +19,7 @@ import ray
 
 from rm.runtime import gpu_probe
 from rm.runtime.bundle_run import BundleRun
+from rm.runtime.links import Link
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
@@ -46,6 +47,8 @@ class Runner:
         self._preloading = Preloading()
         self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         self._xids = XidWatch(self._gpu_ids)
+        self._store = Link("store")
+        self._allocator = Link("allocator")
 
     async def seat(self) -> Seat:
         """Where this runner is, and a port that is free there now."""
@@ -103,7 +106,11 @@ class Runner:
         await self._run(key).stop(grace_s)
 
     def _run(self, key: str) -> BundleRun:
-        return self._runs.setdefault(key, BundleRun(self._nursery, self._preloading, self._xids))
+        run = self._runs.get(key)
+        if run is None:
+            run = BundleRun(self._nursery, self._preloading, self._xids, self._store, self._allocator)
+            self._runs[key] = run
+        return run
 
     async def _are_empty(self, order: RunOrder) -> bool:
         """Whether the GPUs' driver shows none of the attempt's processes, nor a stranger's, on our whole devices."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,25 @@ class Attempt:
         self.key = f"test-{uuid.uuid4().hex}.1"
         self.folder = folder
         self.nursery = Nursery()
+        self._ending: AsyncIterator[None] | None = None
         self.env = {**os.environ, ATTEMPT_KEY: self.key, "PYTHONPATH": str(REPOSITORY)}
 
     async def start(self, procs: Sequence[RankProcess], grace_s: float) -> Launched:
-        """The ranks, started by a keeper of this attempt's nursery."""
+        """The ranks, started by a keeper of this attempt's nursery, which ends with the event loop."""
+        if self._ending is None:
+            self._ending = self._end_nursery()
+            await anext(self._ending)
         return await Launched.start("t.1", procs, grace_s, self.nursery)
+
+    async def _end_nursery(self) -> AsyncIterator[None]:
+        """A keeper that waits for the next attempt has its ends in the loop. `asyncio.run` ends what is like this."""
+        try:
+            yield
+        finally:
+            self._ending = None
+            self.nursery.close()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
     def rank(self, number: int, *argv: str, **changes: Any) -> RankProcess:
         """A rank that runs this command, its output in the attempt's folder."""

@@ -95,6 +95,34 @@ def test_stop_before_the_order_starts_nothing(talk: Talk, attempt: Any) -> None:
     assert [each["event"] for each in talk.rest()] == ["done"]
 
 
+def test_one_that_stays_takes_the_next_order_and_nothing_that_was_meant_for_the_last(
+    talk: Talk, attempt: Any
+) -> None:
+    first = talk.order(attempt.rank(0, "sh", "-c", "exit 3")) | {"stay": True}
+    late = [{"do": "stop", "grace_s": 0.0, "attempt": "t.1"}, {"do": "kill", "attempt": "t.1"}]
+    talk.say(first)
+    assert [talk.read()["event"] for _ in range(2)] == ["started", "exited"]
+    done = talk.read()
+    assert (done["event"], done["first_failed"], done["waits"]) == ("done", 0, True)
+    second = talk.order(attempt.rank(1, "sleep", "0.2")) | {"stay": True, "attempt": "t.2"}
+    talk.say(*late, second, *late)
+    _, exited, done = (talk.read() for _ in range(3))
+    assert (exited["rank"], exited["code"], done["first_failed"], done["waits"]) == (1, 0, None, True)
+    talk.say(talk.order(attempt.rank(2, "sleep", "1000")) | {"attempt": "t.3", "stay": True})
+    assert talk.read()["event"] == "started"
+    os.kill(talk.ready["keeper"], signal.SIGTERM)
+    exited, done = talk.rest()
+    assert (exited["signal"], "waits" in done) == (signal.SIGTERM, False)
+
+
+def test_one_that_waits_goes_with_its_runner(talk: Talk, attempt: Any) -> None:
+    talk.say(talk.order(attempt.rank(0, "true")) | {"stay": True})
+    assert [talk.read()["event"] for _ in range(3)] == ["started", "exited", "done"]
+    talk.input.close()
+    assert [each["event"] for each in talk.rest()] == ["done"]
+    talk.process.stdin = None  # closed above
+
+
 def test_an_order_may_arrive_in_pieces(talk: Talk, attempt: Any) -> None:
     text = json.dumps(talk.order(attempt.rank(0, "true"))).encode() + b"\n"
     for start in range(0, len(text), 1 + len(text) // 7):

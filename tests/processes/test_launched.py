@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rm.runtime.processes import LaunchOutcome, RankProcess
+from rm.runtime.processes import Launched, LaunchOutcome, RankProcess
 from rm.runtime.tail import Tail
 
 IGNORE_TERM = "import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); time.sleep(1000)"
@@ -373,21 +373,57 @@ def test_a_cancelled_start_leaves_nothing(attempt: Any, after_s: float) -> None:
 # --- a keeper that was prepared ----------------------------------------------------------------------------
 
 
-def test_a_prepared_keeper_is_used_once(attempt: Any) -> None:
+def test_a_prepared_keeper_has_one_attempt_at_a_time(attempt: Any) -> None:
     async def scenario() -> None:
         nursery = attempt.nursery
         nursery.prepare()
         await nursery._preparing
         spare = nursery._spare
-        first = await attempt.start([attempt.rank(0, "sh", "-c", "echo one; exit 3")], 5.0)
+        first = await attempt.start([attempt.rank(0, "sh", "-c", "echo one; sleep 0.5; exit 3")], 5.0)
         assert first._talk is spare
         second = await attempt.start([attempt.rank(1, "echo", "two")], 5.0)
         assert second._talk is not spare
         assert [(await each.wait()).exits[0].code for each in (first, second)] == [3, 0]
         assert first.keeper_pids != second.keeper_pids
+        await until_async(lambda: attempt.gone(second.keeper_pids[0]) or attempt.gone(first.keeper_pids[0]))
 
     asyncio.run(scenario())
     assert (attempt.out(0), attempt.out(1)) == ("one\n", "two\n")
+
+
+def test_a_keeper_stays_for_the_next_attempt_and_each_starts_clean(attempt: Any) -> None:
+    """Whatever ended the one before: a failure, a stop with a daemon left, a kill, a command that is not there."""
+
+    async def scenario() -> None:
+        nursery, pids = attempt.nursery, []
+        for number, (argv, end) in enumerate(
+            [
+                (("sh", "-c", "exit 3"), None),
+                (("sh", "-c", "(setsid sleep 1000 &) ; sleep 1000"), "stop"),
+                (("sleep", "1000"), "kill"),
+                (("not-there",), None),
+                (("sh", "-c", "exit 0"), None),
+            ]
+        ):
+            launched = await Launched.start(f"t.{number}", [attempt.rank(number, *argv)], 5.0, nursery)
+            pids.append(launched.keeper_pids)
+            if end == "stop":
+                await launched.stop(5.0)
+            elif end == "kill":
+                launched.kill()
+            outcome = await launched.wait()
+            assert not attempt.alive()
+            assert outcome.stuck == ()
+            await launched.stop(0.0)  # too late, and meant for nobody else
+            if number == 4:
+                assert (outcome.exits[0].code, outcome.first_failed, outcome.leftovers_killed) == (0, None, 0)
+        assert len(set(pids)) == 1
+
+    async def all_of_it() -> None:
+        await (await attempt.start([attempt.rank(9, "true")], 5.0)).wait()
+        await scenario()
+
+    asyncio.run(all_of_it())
 
 
 def test_a_prepared_keeper_that_was_killed_is_not_used(attempt: Any) -> None:

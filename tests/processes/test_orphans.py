@@ -155,6 +155,8 @@ def test_guard_killed_changes_nothing(attempt: Any) -> None:
         await asyncio.to_thread(attempt.until, lambda: attempt.gone(launched.keeper_pids[1]))
         assert len(attempt.alive()) == 2
         await launched.stop(0.1)
+        await launched.wait()
+        assert attempt.nursery._spare is None, "without its guard it takes no other attempt"
         return await launched.wait()
 
     outcome = asyncio.run(scenario())

@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import cloudpickle
 import pytest
@@ -52,7 +53,24 @@ async def ready(preloading: Preloading, *ranks: RankProcess) -> Nursery:
     while (nursery := preloading.nursery(ranks)) is None:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+    ending = LOOPS[asyncio.get_running_loop()] = without_its_keeper(nursery)
+    await anext(ending)
     return nursery
+
+
+LOOPS: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncIterator[None]] = WeakKeyDictionary()
+
+
+async def without_its_keeper(nursery: Nursery) -> AsyncIterator[None]:
+    """The keeper that waits for the next rank has its ends in this loop, and another comes. `asyncio.run` ends this."""
+    try:
+        yield
+    finally:
+        if nursery._spare is not None:
+            nursery._spare.close()
+            nursery._spare = None
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
 
 
 def run(preloading: Preloading, *ranks: RankProcess) -> LaunchOutcome:
