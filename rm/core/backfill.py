@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice
 from math import inf
+from types import MappingProxyType
 
 from rm.core.books import START_S
 from rm.core.capacity import Capacity, NodeClass, copies_in, usable
@@ -85,6 +86,7 @@ def reserve(
     now: float,
     fresh: Fresh = (),
     sooner_than: float | None = None,
+    taken: Mapping[str, Sequence[Taken]] = MappingProxyType({}),
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit.
 
@@ -96,23 +98,47 @@ def reserve(
         if same is not None and same.stands(job.gang, state.capacity, classes):
             return replace(same.reservation, job_id=job.id)
     relief = Relief(job.gang, state.capacity, classes, promised.owed)
-    gone: set[tuple[str, int]] = set()
+    gone: dict[tuple[str, int], float] = {}
     looked: list[Node] = []
     dated = _by_end(state, job.id, promised, now, fresh)
     for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh, looked)):
         if sooner_than is not None and end >= sooner_than:
             return None
-        gone.add((other.id, attempt.number))
+        gone[other.id, attempt.number] = end
         if relief.give(other.gang.bundle, attempt):
             places = relief.places()
             if places is not None:
                 need = needs(job.gang.bundle, places)
-                counted = gone & (_on(need, state) | {(each.id, mine.number) for _, each, mine in fresh})
-                found = Reservation(job.id, end, need, class_ids(classes), frozenset(counted))
+                there = _on(need, state) | {(each.id, mine.number) for _, each, mine in fresh}
+                counted = frozenset(each for each in gone if each in there)
+                found = Reservation(job.id, end, need, class_ids(classes), counted)
+                if end == inf:
+                    endless = [each for each in gone if each in there and gone[each] == inf]
+                    found = _without_excess(found, endless, state, job, promised, taken)
                 if undated:
                     _remember(found, len(looked), relief, job, state, classes)
                 return found
     return None
+
+
+def _without_excess(
+    found: Reservation,
+    endless: Sequence[tuple[str, int]],
+    state: ClusterState,
+    job: Job,
+    promised: Promised,
+    taken: Mapping[str, Sequence[Taken]],
+) -> Reservation:
+    """The reservation, counting on no more of these ends than it needs, the last ones first.
+
+    What is free and would be enough must be held: else those behind could take it, with nothing but the hope that
+    somebody ends whose end nobody knows; and the next cycle would hope for theirs too.
+    """
+    for each in reversed(endless):
+        less = replace(found, counted=found.counted - {each})
+        if _has_room(less, state, job, taken, promised.owed):
+            found = less
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class Books:
         """Attempts that hold more bundles than their gang's minimum."""
         self.moves = 0
         """Grows whenever GPUs change hands, or are on their way back."""
+        self.gains = 0
+        """The same, but for admissions: as long as it stays nothing has come back and no node has changed."""
         self.unchecked: dict[str, None] = {}
         """Queued jobs that no cycle has looked at."""
 
@@ -78,6 +80,11 @@ class Books:
             self.unchecked[new.id] = None
         elif old is not None:
             self.unchecked.pop(old.id, None)
+
+    def nodes_moved(self) -> None:
+        """A node came, went, or offers something else than before."""
+        self.moves += 1
+        self.gains += 1
 
     def kind(self, attempt: Attempt) -> str:
         return self.quota.kind(attempt.gpu_type)
@@ -111,6 +118,7 @@ class Books:
                 if not on:
                     del self.charged_on[node_id]
         self.moves += 1
+        self.gains += sign < 0
         units = sign * len(attempt.placed) * job.gang.bundle.gpu_units
         if job.queue in self._policy.queues:
             self.quota.add(job.queue, self.kind(attempt), units)
@@ -124,6 +132,7 @@ class Books:
         if attempt.stop is not None or attempt.phase is Phase.RELEASING:
             self.ending[job.id] = None
             self.moves += 1
+            self.gains += 1
             return
         end = self._planned_end(job, attempt)
         self._end_of[job.id] = end

@@ -107,6 +107,8 @@ class Notes:
         self.quiet: Quiet | None = None
         self.moves = -1
         """`Books.moves` when the reservations were made."""
+        self.gains = -1
+        """`Books.gains` then."""
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -195,6 +197,7 @@ class Cycle:
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
             self.notes.moves = self.state.books.moves
+            self.notes.gains = self.state.books.gains
             self.notes.quiet = None if self.admitted or self._stopped else self._quiet()
             self.state.wake_at = self._wake
 
@@ -624,7 +627,8 @@ class Cycle:
         if old is None or old.evicting:
             return None
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
-        unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
+        # What was admitted since was chosen with it in mind.
+        unmoved = self.notes.gains == self.state.books.gains and not self.admitted and not self._stopped
         if old.at == inf and earlier is None and not (unmoved and not self.kept.reservations):
             return None
         option = next((each for each in options if class_ids(each.classes) == old.classes), None)
@@ -639,7 +643,14 @@ class Cycle:
         for option in options:
             sooner_than = None if found is None else found[1].at
             reservation = reserve(
-                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than
+                job,
+                self.state,
+                option.classes,
+                promised,
+                self.now,
+                self.kept.fresh,
+                sooner_than,
+                self.kept.taken,
             )
             if reservation is not None:
                 found = option, reservation

@@ -539,7 +539,7 @@ class ClusterState:
         self._cordons_changed.add(node_id)
         if node_id in self.capacity:
             self.capacity.cordon(node_id, node_id in self.cordons)
-        self.books.moves += 1
+        self.books.nodes_moved()
         self.version += 1
 
     def _foreign(self, event: ForeignUseObserved) -> list[Effect]:
@@ -553,7 +553,7 @@ class ClusterState:
                 )
             )
             self._note_idle((event.node_id,), event.at)
-            self.books.moves += 1
+            self.books.nodes_moved()
             self.version += 1
         return []
 
@@ -571,7 +571,7 @@ class ClusterState:
         )
         # What keeps the GPUs counts as work for Ray's autoscaler too.
         self._note_idle((event.node_id,), event.at)
-        self.books.moves += 1
+        self.books.nodes_moved()
         self.version += 1
         return []
 
@@ -620,7 +620,7 @@ class ClusterState:
 
     def _nodes_changed(self) -> None:
         self.books.quota.resize(self._gpus_by_type())
-        self.books.moves += 1
+        self.books.nodes_moved()
         self.version += 1
 
     # --- the moves that rules share ------------------------------------------------------------------------

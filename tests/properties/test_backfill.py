@@ -6,6 +6,8 @@ and all ends are known. Jobs wait for GPUs, for CPUs or for memory.
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,3 +71,29 @@ def test_nobody_behind_moves_the_date_of_the_first_blocked_job(jobs: list[tuple]
     while fake.step():
         look()
     assert not fake.state.jobs
+
+
+GANGS = [(1, 1), (1, 1), (2, 1), (2, 1), (4, 1), (8, 1), (3, 3), (4, 2)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_without_limits_a_gang_keeps_what_joins_and_ends_though_nobody_knows_when(seed: int) -> None:
+    """A second cycle at the same moment, which `FakeCluster` plays, must not hope for ends that the first did without.
+
+    Seen: a node joins and a gang keeps a part of it. Who got the rest was then somebody that might end, so less was
+    kept, and the next one got that. It takes a full cluster: Hypothesis, left to itself, plays small ones.
+    """
+    random = Random(seed)
+    fake = FakeCluster()
+    for number in range(6):
+        fake.add_node(f"n{number}", 8)
+    for number in range(60):
+        gpus, count = random.choice(GANGS)
+        fake.submit(gpus, count=count, behaviour=Behaviour(random.uniform(50, 500)))
+        for _ in range(random.randrange(3)):
+            fake.step()
+        if number in (25, 35, 45):
+            fake.add_node(f"late{number}", 8)
+    fake.run()
+    assert len(fake.ended) == 60
