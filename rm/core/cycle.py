@@ -7,8 +7,8 @@
       4. it fits: admit it, charge the trial, and go on with the queue that is first now
       5. its quota is used up: pass over it; others of the queue may ask for less
       6. it has no place: if GPUs are on the way back already, or somebody may be evicted for it (`preemption`),
-         those are kept for it; else the first such job gets a reservation (`backfill`). Whatever is kept for it is
-         gone for everybody behind, unless they end in time
+         those are kept for it; else the first such job gets a reservation (`backfill`), be it that it waits for nodes
+         that boot. Whatever is kept for it is gone for everybody behind, unless they end in time
       7. write down why each job that was looked at for the first time waits
 
 The naive semantics is a walk over every job. It is kept, and its cost avoided, by three facts: jobs of one group
@@ -39,10 +39,12 @@ from rm.core.backfill import (
     still_good,
 )
 from rm.core.books import START_S
+from rm.core.capacity import matches
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.keeping import Kept
-from rm.core.model import Gang, Job, PlacedBundle
+from rm.core.launches import Boot
+from rm.core.model import Gang, Job, NodeShape, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, queue_key
 from rm.core.outlast import LOOK_AGAIN_S, waited_long
@@ -446,7 +448,10 @@ class Cycle:
             return True  # it ended in time for a reservation
         job = self.state.jobs[turn.job_id]
         options = self.notes.options.of(group.queue, group.shape.gang)
-        if not options or not self.feasible(job):
+        if not options:
+            return False
+        if not self.feasible(job):
+            self._await_boots(job, options)
             return False
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
@@ -617,11 +622,48 @@ class Cycle:
         self._keep(job, option, reservation)
         self._fit &= fitting(self.state)
 
+    def _await_boots(self, job: Job, options: Sequence[Option]) -> None:
+        """Keep its part of the nodes that are up for a job that can start only when others have booted."""
+        if self.state.policy.backfill is not Backfill.EASY or job.id in self.kept.reservations:
+            return
+        if not self.state.launches.wanted_before(job.id, self.now) or self._covered():
+            return
+        others = self._patient | self.kept.covered()
+        mine = [
+            option
+            for option in options
+            if self.within_quota(job, option) is not None and not class_ids(option.classes) & others
+        ]
+        found = self._earliest(job, mine, sooner_than=inf)
+        if found is not None:
+            self._keep(job, *found)
+            self._fit &= fitting(self.state)
+
+    def _boots(self, job: Job, option: Option) -> list[Boot]:
+        """The nodes that boot for the job and count under this option."""
+        launches, found = self.state.launches, list[Boot]()
+        left = launches.wanted_before(job.id, self.now)
+        if not left:
+            return found
+        others = {each.node_id for one in self.kept.reservations.values() for each in one.boots}
+        for boot in launches.boots(self.state.policy, self.now):
+            shape = boot.shape
+            if left[shape.name] and boot.node_id not in others and self._counts(shape, job, option):
+                left[shape.name] -= 1
+                found.append(boot)
+        return found
+
+    def _counts(self, shape: NodeShape, job: Job, option: Option) -> bool:
+        """Whether nodes of this shape would be among the option's."""
+        kind = self.state.books.quota.kind(shape.gpu_type)
+        one_type = not job.gang.gpu_types or shape.gpu_type == option.gpu_type
+        return kind == option.kind and one_type and matches(self.wanted(job), shape.labels)
+
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
         earlier = self._earlier.get(job.id)
         old = earlier or self.notes.reservations.get(job.id)
-        if old is None or old.evicting:
+        if old is None or old.evicting or old.boots:
             return None
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
         unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
@@ -632,17 +674,19 @@ class Cycle:
             return None
         return option, old
 
-    def _earliest(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+    def _earliest(
+        self, job: Job, options: Sequence[Option], sooner_than: float | None = None
+    ) -> tuple[Option, Reservation] | None:
         """The earliest date over these GPU types; the first type where dates are equal, or none is known."""
         found: tuple[Option, Reservation] | None = None
         promised = self._promised()
         for option in options:
-            sooner_than = None if found is None else found[1].at
+            boots = self._boots(job, option)
             reservation = reserve(
-                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than
+                job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than, boots
             )
             if reservation is not None:
-                found = option, reservation
+                found, sooner_than = (option, reservation), reservation.at
         return found
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:

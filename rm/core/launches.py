@@ -12,6 +12,7 @@ out anew.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,9 +20,14 @@ from rm.core.model import NodeShape
 from rm.core.policy import Policy
 from rm.core.records import replace
 
+MOST_NODES = 100
+"""Nodes that are wanted at a time, and of one type those that boot with which is planned. More are wanted when these
+have come."""
 PAUSE_S = 60.0
 """After a type's first failure; doubled with each one in a row, up to the next bound."""
 PAUSE_MOST_S = 1_800.0
+SOON_S = 1.0
+"""How soon a node may be there that has booted for longer than its like: nobody may count on more."""
 BOOTS_KEPT = 20
 """Boots of a type from which the next one's duration is estimated."""
 
@@ -50,10 +56,14 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Everything that is wanted at one moment. It replaces what was wanted before."""
+    """Everything that is wanted at one moment. It replaces what was wanted before.
+
+    `stay`: nodes that are up and idle and must not go away for it, since they are kept for somebody.
+    """
 
     asks: tuple[Ask, ...] = ()
     wants: Mapping[str, Want] = field(default_factory=dict)
+    stay: tuple[str, ...] = ()
 
     def nodes(self) -> dict[str, int]:
         """By type, how many nodes: those that boot already are among them."""
@@ -90,6 +100,20 @@ class Coming:
     jobs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A node that boots, as whoever plans with it names it, and when it will be there."""
+
+    node_id: str
+    shape: NodeShape
+    at: float
+
+
+def boot_id(name: str, number: int) -> str:
+    """What the node of this type that boots, the oldest first, is called until it is there."""
+    return f"booting/{name}/{number}"
+
+
 class Launches:
     """The node types and their launches. `ClusterState` changes it by events; `scaleup` says what is wanted."""
 
@@ -107,6 +131,8 @@ class Launches:
         self.wanted = NOTHING_WANTED
         self.version = 0
         """Grows with every change that can change what is wanted."""
+        self._wanted_since: dict[str, float] = {}
+        """By job, since when nodes have been wanted for it without a pause."""
         self._asked: dict[str, float] = {}
         """Since when a node of the type has been wanted without one joining."""
         self._boots: dict[str, list[float]] = {}
@@ -161,6 +187,23 @@ class Launches:
         if not left:
             return max(now, coming.since + policy.boot_timeout_s)
         return coming.since + left[len(left) // 2 if median else len(left) * 9 // 10]
+
+    def boots(self, policy: Policy, now: float) -> Iterator[Boot]:
+        """The nodes that boot, but for types in a pause. Until a boot has failed its node may be there soon."""
+        for shape, count in self.coming(now):
+            boot_s = self.boot_s(shape.name, policy)
+            for number, since in enumerate(self._booting_since[shape.name][: min(count, MOST_NODES)]):
+                yield Boot(boot_id(shape.name, number), shape, max(since + boot_s, now + SOON_S))
+
+    def wanted_before(self, job_id: str, now: float) -> Counter[str]:
+        """The types of the nodes that were wanted for the job before this moment.
+
+        What this very moment brings is left out, or a second decision at the same moment would be another one.
+        """
+        want = self.wanted.wants.get(job_id)
+        if want is None or self._wanted_since[job_id] >= now:
+            return Counter()
+        return Counter(want.node_types)
 
     def on_their_way(self, now: float) -> list[Coming]:
         """The nodes that boot or are asked for, but for types in a pause; those that are wanted first come first."""
@@ -263,6 +306,7 @@ class Launches:
     def want(self, wanted: Wanted, now: float) -> None:
         """What is wanted from now on."""
         self.wanted = wanted
+        self._wanted_since = {job_id: self._wanted_since.get(job_id, now) for job_id in wanted.wants}
         counts = wanted.nodes()
         self._asked = {name: self._asked.get(name, now) for name in counts}
 
