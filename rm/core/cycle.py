@@ -39,12 +39,11 @@ from rm.core.backfill import (
     still_good,
 )
 from rm.core.books import START_S
-from rm.core.capacity import matches
+from rm.core.boots import Boots
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.keeping import Kept
-from rm.core.launches import Boot
-from rm.core.model import Gang, Job, NodeShape, PlacedBundle
+from rm.core.model import Gang, Job, PlacedBundle
 from rm.core.options import Option, Options
 from rm.core.order import FairLine, Given, Line, RankedLine, Turn, borrowing, queue_key
 from rm.core.outlast import LOOK_AGAIN_S, waited_long
@@ -140,6 +139,7 @@ class Cycle:
         self._for_readers = for_readers
         self.notes = _notes(state)
         self.kept = Kept(state, now)
+        self.boots = Boots(state, now, self.kept)
         self.admitted: dict[str, JobAdmitted] = {}
         self.first_blocked: Job | None = None
         self.closed: dict[int, Job] = {}
@@ -453,6 +453,7 @@ class Cycle:
         if not self.feasible(job):
             self._await_boots(job, options)
             return False
+        self._serve_gangs_before(job)
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
                 self._fit &= fitting(self.state)
@@ -622,11 +623,21 @@ class Cycle:
         self._keep(job, option, reservation)
         self._fit &= fitting(self.state)
 
+    def _serve_gangs_before(self, job: Job) -> None:
+        """A node boots for the job: first those who wait for several, so that it takes no part of theirs."""
+        for gang in self.boots.before(job):
+            group = self.state.pending.group_of(gang.id)
+            if group is None or gang.id in self.admitted:
+                continue
+            options = self.notes.options.of(gang.queue, gang.gang)
+            if options and not self._admit_somewhere(gang, options, group.shape.bit):
+                self._await_boots(gang, options)
+
     def _await_boots(self, job: Job, options: Sequence[Option]) -> None:
         """Keep its part of the nodes that are up for a job that can start only when others have booted."""
         if self.state.policy.backfill is not Backfill.EASY or job.id in self.kept.reservations:
             return
-        if not self.state.launches.wanted_before(job.id, self.now) or self._covered():
+        if not self.boots.expected(job) or self._covered():
             return
         others = self._patient | self.kept.covered()
         mine = [
@@ -635,29 +646,9 @@ class Cycle:
             if self.within_quota(job, option) is not None and not class_ids(option.classes) & others
         ]
         found = self._earliest(job, mine, sooner_than=inf)
-        if found is not None:
+        if found is not None and found[1].boots and found[1].need:
             self._keep(job, *found)
             self._fit &= fitting(self.state)
-
-    def _boots(self, job: Job, option: Option) -> list[Boot]:
-        """The nodes that boot for the job and count under this option."""
-        launches, found = self.state.launches, list[Boot]()
-        left = launches.wanted_before(job.id, self.now)
-        if not left:
-            return found
-        others = {each.node_id for one in self.kept.reservations.values() for each in one.boots}
-        for boot in launches.boots(self.state.policy, self.now):
-            shape = boot.shape
-            if left[shape.name] and boot.node_id not in others and self._counts(shape, job, option):
-                left[shape.name] -= 1
-                found.append(boot)
-        return found
-
-    def _counts(self, shape: NodeShape, job: Job, option: Option) -> bool:
-        """Whether nodes of this shape would be among the option's."""
-        kind = self.state.books.quota.kind(shape.gpu_type)
-        one_type = not job.gang.gpu_types or shape.gpu_type == option.gpu_type
-        return kind == option.kind and one_type and matches(self.wanted(job), shape.labels)
 
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
@@ -681,7 +672,7 @@ class Cycle:
         found: tuple[Option, Reservation] | None = None
         promised = self._promised()
         for option in options:
-            boots = self._boots(job, option)
+            boots = self.boots.of(job, option)
             reservation = reserve(
                 job, self.state, option.classes, promised, self.now, self.kept.fresh, sooner_than, boots
             )

@@ -12,7 +12,6 @@ out anew.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -131,8 +130,9 @@ class Launches:
         self.wanted = NOTHING_WANTED
         self.version = 0
         """Grows with every change that can change what is wanted."""
-        self._wanted_since: dict[str, float] = {}
-        """By job, since when nodes have been wanted for it without a pause."""
+        self._before: Mapping[str, Want] = {}
+        self._wanted_at = 0.0
+        """When `wanted` was last worked out; `_before` is what was wanted before that moment."""
         self._asked: dict[str, float] = {}
         """Since when a node of the type has been wanted without one joining."""
         self._boots: dict[str, list[float]] = {}
@@ -195,15 +195,12 @@ class Launches:
             for number, since in enumerate(self._booting_since[shape.name][: min(count, MOST_NODES)]):
                 yield Boot(boot_id(shape.name, number), shape, max(since + boot_s, now + SOON_S))
 
-    def wanted_before(self, job_id: str, now: float) -> Counter[str]:
-        """The types of the nodes that were wanted for the job before this moment.
+    def wanted_before(self, now: float) -> Mapping[str, Want]:
+        """What was wanted before this moment, by job.
 
         What this very moment brings is left out, or a second decision at the same moment would be another one.
         """
-        want = self.wanted.wants.get(job_id)
-        if want is None or self._wanted_since[job_id] >= now:
-            return Counter()
-        return Counter(want.node_types)
+        return self._before if now <= self._wanted_at else self.wanted.wants
 
     def on_their_way(self, now: float) -> list[Coming]:
         """The nodes that boot or are asked for, but for types in a pause; those that are wanted first come first."""
@@ -305,8 +302,9 @@ class Launches:
 
     def want(self, wanted: Wanted, now: float) -> None:
         """What is wanted from now on."""
+        if now > self._wanted_at:
+            self._before, self._wanted_at = self.wanted.wants, now
         self.wanted = wanted
-        self._wanted_since = {job_id: self._wanted_since.get(job_id, now) for job_id in wanted.wants}
         counts = wanted.nodes()
         self._asked = {name: self._asked.get(name, now) for name in counts}
 

@@ -302,6 +302,9 @@ class _WhatIf(Cycle):
     def feasible(self, job: Job) -> bool:  # noqa: ARG002
         return True  # a look at the places says it as well
 
+    def _serve_gangs_before(self, job: Job) -> None:
+        """Here everybody is served in order: what boots is there for him too."""
+
     def _nothing_new(self) -> bool:
         return False
 
