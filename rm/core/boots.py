@@ -1,11 +1,11 @@
 """The nodes that boot, as one cycle plans with them: for whom they are, and who is served before others for it.
 
 For whom they boot was worked out by the last look at what is wanted (`scaleup`), in the order and under the quotas of
-that moment. A gang that waits for several of them gets each as it comes (`backfill`), unless somebody who comes before
-it takes it first. Where a node boots for him as well, that costs the gang much and gains him little. So a gang that
-waits for several nodes is served before the jobs of one bundle in its queue that wait for one, but for those of a higher
-priority. They wait for their own node, and no longer than the gang waits for its others: when the gang has started, or
-a boot has failed, they take what there is like anybody.
+that moment. A gang that waits for several of them gets each as it comes (`backfill`), unless somebody who comes
+before it takes it first. Where a node boots for him as well, that costs the gang much and gains him little. So a gang
+that waits for several nodes is served before the jobs of one bundle in its queue that wait for one, unless their
+priority is higher. They wait for their own node, and no longer than the gang waits for its others: when the gang has
+started, or a boot has failed, they take what there is like anybody.
 """
 
 from __future__ import annotations
