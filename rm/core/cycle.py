@@ -52,6 +52,7 @@ from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
+from rm.core.records import replace
 from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
 from rm.core.transit import Transit, fitting
@@ -108,6 +109,8 @@ class Notes:
         self.quiet: Quiet | None = None
         self.moves = -1
         """`Books.moves` when the reservations were made."""
+        self.came = (-1, -1)
+        """`_came` then."""
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -197,6 +200,7 @@ class Cycle:
         if not self._for_readers:
             self.notes.reservations = self.kept.reservations
             self.notes.moves = self.state.books.moves
+            self.notes.came = _came(self.state)
             self.notes.quiet = None if self.admitted or self._stopped else self._quiet()
             self.state.wake_at = self._wake
 
@@ -645,8 +649,8 @@ class Cycle:
             for option in options
             if self.within_quota(job, option) is not None and not class_ids(option.classes) & others
         ]
-        found = self._earliest(job, mine, sooner_than=inf)
-        if found is not None and found[1].boots and found[1].need:
+        found = self._kept_date(job, mine) or self._earliest(job, mine, sooner_than=inf)
+        if found is not None and found[1].boots:
             self._keep(job, *found)
             self._fit &= fitting(self.state)
 
@@ -654,8 +658,10 @@ class Cycle:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
         earlier = self._earlier.get(job.id)
         old = earlier or self.notes.reservations.get(job.id)
-        if old is None or old.evicting or old.boots:
+        if old is None or old.evicting:
             return None
+        if old.boots:
+            return self._kept_boots(old, job, options)
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
         unmoved = self.notes.moves == self.state.books.moves and not self.admitted and not self._stopped
         if old.at == inf and earlier is None and not (unmoved and not self.kept.reservations):
@@ -664,6 +670,19 @@ class Cycle:
         if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
             return None
         return option, old
+
+    def _kept_boots(
+        self, old: Reservation, job: Job, options: Sequence[Option]
+    ) -> tuple[Option, Reservation] | None:
+        """The same nodes that boot, and the same part of those that are up, as long as no node comes or goes."""
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None or self.notes.came != _came(self.state):
+            return None
+        boots = {each.node_id: each.at for each in self.boots.of(job, option)}
+        if any(each.node_id not in boots for each in old.boots):
+            return None
+        new = replace(old, at=max(old.at, *(boots[each.node_id] for each in old.boots)))
+        return (option, new) if still_good(new, self.state, job, self.now, self.kept.taken) else None
 
     def _earliest(
         self, job: Job, options: Sequence[Option], sooner_than: float | None = None
@@ -877,6 +896,11 @@ class Cycle:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
         return job.gang if rules is None else job.gang.on(rules.labels)
+
+
+def _came(state: ClusterState) -> tuple[int, int]:
+    """Changes when a node comes or goes, or anything is heard of those that boot."""
+    return state.capacity.shape_version, state.launches.version
 
 
 def _stopped_for(state: ClusterState, job_id: str) -> str:
