@@ -65,8 +65,9 @@ class Stays:
     async def run(self) -> None:
         """Keep the groups as they are wanted. What fails is logged and tried again."""
         while True:
+            busy = self._wanted or self._stays or self._gone
             try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_S if self._stays or self._gone else None)
+                await asyncio.wait_for(self._changed.wait(), LOOK_S if busy else None)
             except TimeoutError:
                 pass
             self._changed.clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from probes import groups, wait_until
+from probes import actor_pids, groups, wait_until
 
 from rm.errors import Infeasible
 
@@ -146,6 +148,10 @@ def test_a_node_that_is_kept_for_a_gang_stays_though_it_is_idle_and_goes_when_th
     assert gang.why()["code"] == "WaitingForCapacity"
     audit = client.audit()
     assert not audit.findings, "the audit knows what keeps the node"
+    before = stays()
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
+    wait_until(lambda: len(stays()) == 1 and stays() != before, 30, "the next allocator keeps it anew")
+    assert idle in {node.id for node in client.nodes()}
     gang.cancel()
     wait_until(lambda: not stays(), 10, "nothing keeps it any longer")
     wait_until(lambda: idle not in {node.id for node in client.nodes()}, 60, "it has gone")
