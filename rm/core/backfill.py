@@ -7,6 +7,10 @@ that is the `hold` of each node; it is subtracted from the node for everybody be
 endless: they never use a hold. Where only endless jobs stand in the way T is unknown (infinite), and the hold keeps
 what comes back.
 
+A node that boots for the job is one whose boot has all of it until it is there. So a gang of which a part has room on
+nodes that are up gets these as soon as the others boot, with a date that follows from how long boots take. Such a date
+is an estimate: it may move, and is gone when the boot fails.
+
 Source: Lifka, "The ANL/IBM SP scheduling system", JSSPP '95; Mu'alem and Feitelson, IEEE TPDS 2001.
 """
 
@@ -21,8 +25,10 @@ from math import inf
 from types import MappingProxyType
 
 from rm.core.books import START_S
-from rm.core.capacity import Capacity, NodeClass, copies_in, usable
-from rm.core.model import Attempt, Gang, Job, Node, PlacedBundle
+from rm.core.capacity import Capacity, NodeClass, charged, copies_in, usable
+from rm.core.launches import Boot
+from rm.core.model import Attempt, Gang, Job, Node, NodeShape, Phase, PlacedBundle
+from rm.core.placement import empty_node
 from rm.core.records import replace
 from rm.core.relief import Relief
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, Devices
@@ -41,6 +47,7 @@ class Reservation:
     `counted`: the attempts on those nodes whose end it waits for. `classes`: the node classes that it covers; a
     second reservation on other classes is possible.
     `evicting`: jobs that were told to stop for it; empty where it waits for ends that come anyway.
+    `boots`: its places on nodes that boot, by `launches.boot_id`; `need` is without them.
     """
 
     job_id: str
@@ -49,6 +56,7 @@ class Reservation:
     classes: frozenset[int]
     counted: frozenset[tuple[str, int]] = frozenset()
     evicting: tuple[str, ...] = ()
+    boots: tuple[PlacedBundle, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,8 @@ class Taken:
 
 Fresh = Sequence[tuple[float, Job, Attempt]]
 """(planned end, job, attempt) of what the running cycle has admitted."""
+_End = tuple[float, str, Bundle, Attempt]
+"""When something ends, whose it is, one of its bundles, the attempt that has them."""
 
 
 def reserve(
@@ -87,43 +97,87 @@ def reserve(
     fresh: Fresh = (),
     sooner_than: float | None = None,
     taken: Mapping[str, Sequence[Taken]] = MappingProxyType({}),
+    boots: Sequence[Boot] = (),
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit.
 
-    `sooner_than`: None too where it fits only at this time or later.
+    `sooner_than`: None too where it fits only at this time or later. `boots`: the nodes that boot for it.
     """
-    undated = sooner_than is None and _nothing_dated(state, promised, fresh)
+    undated = sooner_than is None and not boots and _nothing_dated(state, promised, fresh)
     if undated:
         same = _chosen(state).get((job.gang, *classes))
         if same is not None and same.stands(job.gang, state.capacity, classes):
             return replace(same.reservation, job_id=job.id)
-    relief = Relief(job.gang, state.capacity, classes, promised.owed)
-    gone: dict[tuple[str, int], float] = {}
-    looked: list[Node] = []
-    dated = _by_end(state, job.id, promised, now, fresh)
-    for end, other, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh, looked)):
-        if sooner_than is not None and end >= sooner_than:
+    with state.capacity.imagined(_occupied(each) for each in boots) as new:
+        relief = Relief(job.gang, state.capacity, (*classes, *new), promised.owed)
+        gone: dict[tuple[str, int], float] = {}
+        looked: list[Node] = []
+        dated = _by_end(state, job.id, promised, now, fresh)
+        if boots:
+            dated = merge(dated, sorted(map(_end_of, boots), key=_when), key=_when)
+        for end, whose, bundle, attempt in chain(
+            dated, _emptiest_first(state, classes, promised, fresh, looked)
+        ):
+            if sooner_than is not None and end >= sooner_than:
+                return None
+            gone[whose, attempt.number] = end
+            if relief.give(bundle, attempt):
+                places = relief.places()
+                if places is not None:
+                    there = {each.id: mine.number for _, each, mine in fresh}
+                    found = _reserved(job, state, end, places, class_ids(classes), gone, there, boots)
+                    break
+        else:
             return None
-        gone[other.id, attempt.number] = end
-        if relief.give(other.gang.bundle, attempt):
-            places = relief.places()
-            if places is not None:
-                need = needs(job.gang.bundle, places)
-                there = _on(need, state) | {(each.id, mine.number) for _, each, mine in fresh}
-                counted = frozenset(each for each in gone if each in there)
-                found = Reservation(job.id, end, need, class_ids(classes), counted)
-                if end == inf:
-                    endless = [each for each in gone if each in there and gone[each] == inf]
-                    found = _without_excess(found, endless, state, job, promised, taken)
-                if undated:
-                    _remember(found, len(looked), relief, job, state, classes)
-                return found
-    return None
+    if end == inf:
+        found = _without_excess(found, gone, state, job, promised, taken)
+    if undated:
+        _remember(found, len(looked), relief, job, state, classes)
+    return found
+
+
+def _reserved(
+    job: Job,
+    state: ClusterState,
+    end: float,
+    places: Sequence[PlacedBundle],
+    classes: frozenset[int],
+    gone: Iterable[tuple[str, int]],
+    fresh: Mapping[str, int],
+    boots: Sequence[Boot],
+) -> Reservation:
+    """These places, of which those on nodes that are there can be kept from now on."""
+    booting = {each.node_id for each in boots}
+    need = needs(job.gang.bundle, (each for each in places if each.node_id not in booting))
+    there = _on(need, state) | fresh.items()
+    counted = frozenset(each for each in gone if each in there)
+    late = tuple(each for each in places if each.node_id in booting)
+    return Reservation(job.id, end, need, classes, counted, boots=late)
+
+
+def _all_of(shape: NodeShape) -> Bundle:
+    return Bundle(shape.gpu_slots * GPU_UNIT, shape.cpu_milli, shape.memory_bytes)
+
+
+def _occupied(boot: Boot) -> Node:
+    """The node, all of it in its boot's hands."""
+    node = replace(empty_node(boot.node_id, boot.shape), returnable=True)
+    return charged(node, _all_of(boot.shape), tuple(range(boot.shape.gpu_slots)), +1)
+
+
+def _end_of(boot: Boot) -> _End:
+    """The boot as an attempt that ends when the node is there."""
+    places = (PlacedBundle(boot.node_id, tuple(range(boot.shape.gpu_slots))),)
+    return boot.at, boot.node_id, _all_of(boot.shape), Attempt(0, places, Phase.RUNNING, boot.at)
+
+
+def _when(end: _End) -> float:
+    return end[0]
 
 
 def _without_excess(
     found: Reservation,
-    endless: Sequence[tuple[str, int]],
+    gone: Mapping[tuple[str, int], float],
     state: ClusterState,
     job: Job,
     promised: Promised,
@@ -134,7 +188,7 @@ def _without_excess(
     What is free and would be enough must be held: else those behind could take it, with nothing but the hope that
     somebody ends whose end nobody knows; and the next cycle would hope for theirs too.
     """
-    for each in reversed(endless):
+    for each in reversed([each for each, end in gone.items() if end == inf and each in found.counted]):
         less = replace(found, counted=found.counted - {each})
         if _has_room(less, state, job, taken, promised.owed):
             found = less
@@ -397,10 +451,10 @@ def claimed(attempt: Attempt, state: ClusterState, for_job: str) -> bool:
 
 def _by_end(
     state: ClusterState, for_job: str, promised: Promised, now: float, fresh: Fresh
-) -> Iterator[tuple[float, Job, Attempt]]:
+) -> Iterator[_End]:
     for job in coming(state, for_job, promised):
         assert job.attempt is not None
-        yield now, job, job.attempt
+        yield now, job.id, job.gang.bundle, job.attempt
     known = (
         (end, state.jobs[job_id]) for end, _, job_id in state.books.ends if job_id not in promised.stopped
     )
@@ -408,7 +462,7 @@ def _by_end(
     for end, job, attempt in merge(runs, sorted(fresh, key=lambda each: each[0]), key=lambda each: each[0]):
         if end == inf:
             return
-        yield max(end, now), job, attempt
+        yield max(end, now), job.id, job.gang.bundle, attempt
 
 
 def _emptiest(capacity: Capacity, classes: Sequence[NodeClass]) -> Iterator[Node]:
@@ -427,7 +481,7 @@ def _emptiest_first(
     promised: Promised,
     fresh: Fresh,
     looked: list[Node],
-) -> Iterator[tuple[float, Job, Attempt]]:
+) -> Iterator[_End]:
     """The endless attempts, node by node: where most is free already, least has to end.
 
     Nobody knows when they end, and those that run longest are not the ones to end first: they have shown that they
@@ -451,4 +505,4 @@ def _emptiest_first(
         for job, attempt in sorted(here, key=lambda each: each[0].seq):
             if job.id not in given:
                 given.add(job.id)
-                yield inf, job, attempt
+                yield inf, job.id, job.gang.bundle, attempt

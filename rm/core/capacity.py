@@ -11,7 +11,8 @@ which keeps the index, the totals and, inside a trial, the way back.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -307,6 +308,27 @@ class Capacity:
         for node in before.values():
             self._set(node)
         self._trials -= 1
+
+    @contextmanager
+    def imagined(self, nodes: Iterable[Node]) -> Iterator[tuple[NodeClass, ...]]:
+        """As if these nodes were there, for whoever looks at the classes that are given. Nobody else finds them."""
+        before, classes = self._next, dict[ClassKey, NodeClass]()
+        ids = []
+        for node in nodes:
+            group = self._class_of[node.id] = classes.setdefault(
+                _class_key(node), NodeClass(_class_key(node))
+            )
+            self._nodes[node.id] = node
+            self._index(node, self._number(node), group, +1)
+            ids.append(node.id)
+        try:
+            yield tuple(classes.values())
+        finally:
+            for node_id in ids:
+                number = self._numbers.pop(node_id)
+                self._index(self._nodes.pop(node_id), number, self._class_of.pop(node_id), -1)
+                del self._ids[number]
+            self._next = before
 
     # --- index -------------------------------------------------------------------------------------------------
 

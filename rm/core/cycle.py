@@ -7,8 +7,8 @@
       4. it fits: admit it, charge the trial, and go on with the queue that is first now
       5. its quota is used up: pass over it; others of the queue may ask for less
       6. it has no place: if GPUs are on the way back already, or somebody may be evicted for it (`preemption`),
-         those are kept for it; else the first such job gets a reservation (`backfill`). Whatever is kept for it is
-         gone for everybody behind, unless they end in time
+         those are kept for it; else the first such job gets a reservation (`backfill`), be it that it waits for nodes
+         that boot. Whatever is kept for it is gone for everybody behind, unless they end in time
       7. write down why each job that was looked at for the first time waits
 
 The naive semantics is a walk over every job. It is kept, and its cost avoided, by three facts: jobs of one group
@@ -39,6 +39,7 @@ from rm.core.backfill import (
     still_good,
 )
 from rm.core.books import START_S
+from rm.core.boots import Boots
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
 from rm.core.explain import reason_of
 from rm.core.keeping import Kept
@@ -51,6 +52,7 @@ from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
+from rm.core.records import replace
 from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
 from rm.core.transit import Transit, fitting
@@ -109,6 +111,8 @@ class Notes:
         """`Books.moves` when the reservations were made."""
         self.gains = -1
         """`Books.gains` then."""
+        self.came = (-1, -1)
+        """`_came` then."""
 
 
 def schedule(state: ClusterState, now: float) -> Plan:
@@ -140,6 +144,7 @@ class Cycle:
         self._for_readers = for_readers
         self.notes = _notes(state)
         self.kept = Kept(state, now)
+        self.boots = Boots(state, now, self.kept)
         self.admitted: dict[str, JobAdmitted] = {}
         self.first_blocked: Job | None = None
         self.closed: dict[int, Job] = {}
@@ -198,6 +203,7 @@ class Cycle:
             self.notes.reservations = self.kept.reservations
             self.notes.moves = self.state.books.moves
             self.notes.gains = self.state.books.gains
+            self.notes.came = _came(self.state)
             self.notes.quiet = None if self.admitted or self._stopped else self._quiet()
             self.state.wake_at = self._wake
 
@@ -449,8 +455,12 @@ class Cycle:
             return True  # it ended in time for a reservation
         job = self.state.jobs[turn.job_id]
         options = self.notes.options.of(group.queue, group.shape.gang)
-        if not options or not self.feasible(job):
+        if not options:
             return False
+        if not self.feasible(job):
+            self._await_boots(job, options)
+            return False
+        self._serve_gangs_before(job)
         if self._admit_somewhere(job, options, group.shape.bit):
             if len(self.admitted) <= FEW or not len(self.admitted) % FEW:
                 self._fit = fitting(self.state, self._fit)
@@ -620,12 +630,41 @@ class Cycle:
         self._keep(job, option, reservation)
         self._fit = fitting(self.state, self._fit)
 
+    def _serve_gangs_before(self, job: Job) -> None:
+        """A node boots for the job: first those who wait for several, so that it takes no part of theirs."""
+        for gang in self.boots.before(job):
+            group = self.state.pending.group_of(gang.id)
+            if group is None or gang.id in self.admitted:
+                continue
+            options = self.notes.options.of(gang.queue, gang.gang)
+            if options and not self._admit_somewhere(gang, options, group.shape.bit):
+                self._await_boots(gang, options)
+
+    def _await_boots(self, job: Job, options: Sequence[Option]) -> None:
+        """Keep its part of the nodes that are up for a job that can start only when others have booted."""
+        if self.state.policy.backfill is not Backfill.EASY or job.id in self.kept.reservations:
+            return
+        if not self.boots.expected(job) or self._covered():
+            return
+        others = self._patient | self.kept.covered()
+        mine = [
+            option
+            for option in options
+            if self.within_quota(job, option) is not None and not class_ids(option.classes) & others
+        ]
+        found = self._kept_date(job, mine) or self._earliest(job, mine, sooner_than=inf)
+        if found is not None and found[1].boots:
+            self._keep(job, *found)
+            self._fit = fitting(self.state, self._fit)
+
     def _kept_date(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
         """The date that the last walk or cycle promised, where it still holds: it does not move without need."""
         earlier = self._earlier.get(job.id)
         old = earlier or self.notes.reservations.get(job.id)
         if old is None or old.evicting:
             return None
+        if old.boots:
+            return self._kept_boots(old, job, options)
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
         # What was admitted since was chosen with it in mind.
         unmoved = self.notes.gains == self.state.books.gains and not self.admitted and not self._stopped
@@ -636,12 +675,27 @@ class Cycle:
             return None
         return option, old
 
-    def _earliest(self, job: Job, options: Sequence[Option]) -> tuple[Option, Reservation] | None:
+    def _kept_boots(
+        self, old: Reservation, job: Job, options: Sequence[Option]
+    ) -> tuple[Option, Reservation] | None:
+        """The same nodes that boot, and the same part of those that are up, as long as no node comes or goes."""
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None or self.notes.came != _came(self.state):
+            return None
+        boots = {each.node_id: each.at for each in self.boots.of(job, option)}
+        if any(each.node_id not in boots for each in old.boots):
+            return None
+        new = replace(old, at=max(old.at, *(boots[each.node_id] for each in old.boots)))
+        return (option, new) if still_good(new, self.state, job, self.now, self.kept.taken) else None
+
+    def _earliest(
+        self, job: Job, options: Sequence[Option], sooner_than: float | None = None
+    ) -> tuple[Option, Reservation] | None:
         """The earliest date over these GPU types; the first type where dates are equal, or none is known."""
         found: tuple[Option, Reservation] | None = None
         promised = self._promised()
         for option in options:
-            sooner_than = None if found is None else found[1].at
+            boots = self.boots.of(job, option)
             reservation = reserve(
                 job,
                 self.state,
@@ -651,9 +705,10 @@ class Cycle:
                 self.kept.fresh,
                 sooner_than,
                 self.kept.taken,
+                boots,
             )
             if reservation is not None:
-                found = option, reservation
+                found, sooner_than = (option, reservation), reservation.at
         return found
 
     def _keep(self, job: Job, option: Option, reservation: Reservation) -> None:
@@ -853,6 +908,11 @@ class Cycle:
         """The job's gang with its queue's labels."""
         rules = self.state.policy.queues.get(job.queue)
         return job.gang if rules is None else job.gang.on(rules.labels)
+
+
+def _came(state: ClusterState) -> tuple[int, int]:
+    """Changes when a node comes or goes, or anything is heard of those that boot."""
+    return state.capacity.shape_version, state.launches.version
 
 
 def _stopped_for(state: ClusterState, job_id: str) -> str:

@@ -52,7 +52,7 @@ def _promised(cycle: Cycle, job: Job, reason: Reason, reservation: Reservation) 
     gpu_type = mine.gpu_type if mine is not None and len(options) > 1 else None
     if gpu_type is not None:
         evidence["gpu_type"] = gpu_type
-    if cycle.now < reservation.at < inf:
+    if cycle.now < reservation.at < inf and not reservation.boots:
         evidence["at"] = reservation.at
         on_type = "" if gpu_type is None else f" on {gpu_type}"
         wait_s = reservation.at - cycle.now
@@ -345,11 +345,10 @@ def _kept_for_others(cycle: Cycle, job: Job, options: Sequence[Option]) -> Reaso
     if owner is None:
         return None
     at = None if owner.at == inf else owner.at
-    when = (
-        "at a time that nobody knows"
-        if at is None
-        else f"in {max(0.0, owner.at - cycle.now):.0f} s at the latest"
-    )
+    in_s = max(0.0, owner.at - cycle.now)
+    when = "at a time that nobody knows" if at is None else f"in {in_s:.0f} s at the latest"
+    if owner.boots:
+        when = f"when its other nodes have booted, in about {in_s:.0f} s"
     advice = (
         "a time limit that ends before then lets it start now"
         if at is not None

@@ -19,9 +19,14 @@ from rm.core.model import NodeShape
 from rm.core.policy import Policy
 from rm.core.records import replace
 
+MOST_NODES = 100
+"""Nodes that are wanted at a time, and of one type those that boot with which is planned. More are wanted when these
+have come."""
 PAUSE_S = 60.0
 """After a type's first failure; doubled with each one in a row, up to the next bound."""
 PAUSE_MOST_S = 1_800.0
+SOON_S = 1.0
+"""How soon a node may be there that has booted for longer than its like: nobody may count on more."""
 BOOTS_KEPT = 20
 """Boots of a type from which the next one's duration is estimated."""
 
@@ -50,10 +55,14 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Everything that is wanted at one moment. It replaces what was wanted before."""
+    """Everything that is wanted at one moment. It replaces what was wanted before.
+
+    `stay`: nodes that are up and idle and must not go away for it, since they are kept for somebody.
+    """
 
     asks: tuple[Ask, ...] = ()
     wants: Mapping[str, Want] = field(default_factory=dict)
+    stay: tuple[str, ...] = ()
 
     def nodes(self) -> dict[str, int]:
         """By type, how many nodes: those that boot already are among them."""
@@ -90,6 +99,20 @@ class Coming:
     jobs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A node that boots, as whoever plans with it names it, and when it will be there."""
+
+    node_id: str
+    shape: NodeShape
+    at: float
+
+
+def boot_id(name: str, number: int) -> str:
+    """What the node of this type that boots, the oldest first, is called until it is there."""
+    return f"booting/{name}/{number}"
+
+
 class Launches:
     """The node types and their launches. `ClusterState` changes it by events; `scaleup` says what is wanted."""
 
@@ -107,6 +130,9 @@ class Launches:
         self.wanted = NOTHING_WANTED
         self.version = 0
         """Grows with every change that can change what is wanted."""
+        self._before: Mapping[str, Want] = {}
+        self._wanted_at = 0.0
+        """When `wanted` was last worked out; `_before` is what was wanted before that moment."""
         self._asked: dict[str, float] = {}
         """Since when a node of the type has been wanted without one joining."""
         self._boots: dict[str, list[float]] = {}
@@ -161,6 +187,20 @@ class Launches:
         if not left:
             return max(now, coming.since + policy.boot_timeout_s)
         return coming.since + left[len(left) // 2 if median else len(left) * 9 // 10]
+
+    def boots(self, policy: Policy, now: float) -> Iterator[Boot]:
+        """The nodes that boot, but for types in a pause. Until a boot has failed its node may be there soon."""
+        for shape, count in self.coming(now):
+            boot_s = self.boot_s(shape.name, policy)
+            for number, since in enumerate(self._booting_since[shape.name][: min(count, MOST_NODES)]):
+                yield Boot(boot_id(shape.name, number), shape, max(since + boot_s, now + SOON_S))
+
+    def wanted_before(self, now: float) -> Mapping[str, Want]:
+        """What was wanted before this moment, by job.
+
+        What this very moment brings is left out, or a second decision at the same moment would be another one.
+        """
+        return self._before if now <= self._wanted_at else self.wanted.wants
 
     def on_their_way(self, now: float) -> list[Coming]:
         """The nodes that boot or are asked for, but for types in a pause; those that are wanted first come first."""
@@ -262,6 +302,8 @@ class Launches:
 
     def want(self, wanted: Wanted, now: float) -> None:
         """What is wanted from now on."""
+        if now > self._wanted_at:
+            self._before, self._wanted_at = self.wanted.wants, now
         self.wanted = wanted
         counts = wanted.nodes()
         self._asked = {name: self._asked.get(name, now) for name in counts}

@@ -3,12 +3,13 @@
     decide(state, now):
       1. the cycle, as ever (`cycle`)
       2. a trial cluster: what the cycle left free, the nodes that boot, and as many empty ones as could be launched
-      3. those for whom the cycle keeps GPUs until a later date than a node would take to boot: what is kept for them,
-         and new nodes
+      3. those for whom the cycle keeps GPUs: who waits for nodes that boot goes on asking for them; who would get new
+         nodes sooner than what is kept asks for these, beside what is kept
       4. a walk in order over everybody else who waits, under the same quotas; each job takes what is free, then room
          on nodes that boot or that others before it want, then the node type with the least waste
       5. the same jobs once more, the largest first: if that takes fewer nodes, so be it
       6. nodes that are of use only together become one `Ask`
+      7. what is kept on idle nodes keeps these from going away
 
 Whoever starts now, or gets what is coming back, asks for nothing. What is wanted replaces what was wanted before and
 is worked out anew whenever something has changed, so it is withdrawn when a job is outranked, starts or is cancelled,
@@ -24,10 +25,11 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from rm.core.backfill import Reservation
 from rm.core.capacity import Capacity, NodeClass, usable
 from rm.core.cycle import Cycle, Plan
 from rm.core.events import GangCut, JobAdmitted
-from rm.core.launches import NOTHING_WANTED, Ask, Want, Wanted
+from rm.core.launches import MOST_NODES, NOTHING_WANTED, Ask, Want, Wanted, boot_id
 from rm.core.model import Gang, Job, Node, NodeShape, PlacedBundle
 from rm.core.options import Option
 from rm.core.placement import empty_node, place_elastic
@@ -36,8 +38,6 @@ from rm.core.resources import GPU_UNIT, NOTHING, Amount
 from rm.core.shapes import recut
 from rm.core.state import ClusterState
 
-MOST_NODES = 100
-"""Nodes that are wanted at a time. More are wanted when these have come."""
 MOST_FREE = 2_000
 """Nodes with something free that the trial looks at."""
 CHEAP = 500
@@ -80,34 +80,43 @@ def _look(cycle: Cycle) -> None:
     if not launches.types:
         return
     coming, left = list(launches.coming(now)), list(launches.left(now))
+    stay = _staying(cycle)
     if not (coming or left) or not state.pending.shapes:
-        launches.want(NOTHING_WANTED, now)
+        launches.want(Wanted(stay=stay) if stay else NOTHING_WANTED, now)
         return
     key = state.version, launches.version, len(cycle.admitted)
     looked = state.plans.get("scaleup")
     if isinstance(looked, _Looked) and now < looked.again_at:
         if looked.key != key:
             cycle.wake_at(looked.again_at)
-            launches.want(_still(launches.wanted, cycle), now)
+            launches.want(_still(launches.wanted, cycle, stay), now)
         return
     trial = _Trial(cycle, coming, left)
-    launches.want(trial.wanted(), now)
+    launches.want(trial.wanted(stay), now)
     cost = max(0, trial.cost - CHEAP)
     state.plans["scaleup"] = _Looked(key, now + PAUSE_S * cost)
 
 
-def _still(wanted: Wanted, cycle: Cycle) -> Wanted:
+def _staying(cycle: Cycle) -> tuple[str, ...]:
+    """Step 7. Where jobs run, or start now, nothing has to be done; and what leaves already would not stay."""
+    state, kept = cycle.state, cycle.kept
+    idle = [node_id for node_id in kept.holds if node_id in state.idle_since and node_id not in kept.taken]
+    nodes = (state.nodes[node_id] for node_id in sorted(idle))
+    return tuple(node.id for node in nodes if node.returnable and not node.cordoned)
+
+
+def _still(wanted: Wanted, cycle: Cycle, stay: tuple[str, ...]) -> Wanted:
     """What was wanted, without those who start or have gone."""
     pending, admitted = cycle.state.pending, cycle.admitted
     gone = {each for each in wanted.wants if each not in pending or each in admitted}
     if not gone:
-        return wanted
+        return wanted if wanted.stay == stay else replace(wanted, stay=stay)
     asks = []
     for ask in wanted.asks:
         jobs = tuple(each for each in ask.jobs if each not in gone)
         if jobs:
             asks.append(replace(ask, jobs=jobs))
-    return Wanted(tuple(asks), {name: want for name, want in wanted.wants.items() if name not in gone})
+    return Wanted(tuple(asks), {name: want for name, want in wanted.wants.items() if name not in gone}, stay)
 
 
 class _Trial:
@@ -149,10 +158,11 @@ class _Trial:
     def _add(self, shape: NodeShape, how: str, count: int) -> None:
         labels = tuple(sorted({**dict(shape.labels), _NEW: f"{how} {shape.name}"}.items()))
         for number in range(count):
-            node = empty_node(f"{how}/{shape.name}/{number}", shape)
+            node_id = boot_id(shape.name, number) if how == "booting" else f"{how}/{shape.name}/{number}"
+            node = empty_node(node_id, shape)
             self._capacity.join(replace(node, name=shape.name, labels=labels))
 
-    def wanted(self) -> Wanted:
+    def wanted(self, stay: tuple[str, ...]) -> Wanted:
         cycle, state = self._cycle, self._cycle.state
         twin = copy.copy(state)
         twin.capacity, twin.plans = self._capacity, {}
@@ -160,8 +170,8 @@ class _Trial:
             walk.serve_reserved()
             walk.walk()
             self.cost += len(walk.placed)
-            placed = self._fewest(walk)
-            return self._as_wanted(placed)
+            placed = [*walk.settled, *self._fewest(walk)]
+            return self._as_wanted(placed, stay)
 
     def _fewest(self, walk: _WhatIf) -> list[_Placed]:
         """The jobs' places, packed anew with the largest first where that takes fewer nodes."""
@@ -183,7 +193,7 @@ class _Trial:
         after = _new_nodes(again)
         return again if (len(after), walk.price(after)) < (len(before), walk.price(before)) else placed
 
-    def _as_wanted(self, placed: Iterable[_Placed]) -> Wanted:
+    def _as_wanted(self, placed: Iterable[_Placed], stay: tuple[str, ...]) -> Wanted:
         """Step 6: jobs that share a node, or nodes that share a job, belong together."""
         wants: dict[str, Want] = {}
         asks: list[Ask] = []
@@ -201,7 +211,7 @@ class _Trial:
             types = tuple(sorted(self._capacity[node_id].name for node_id in new))
             jobs = tuple(each.job.id for each in sorted(together, key=lambda each: each.job.seq))
             asks.append(Ask(types, jobs, tuple(sorted(kept.items()))))
-        return Wanted(tuple(asks), wants)
+        return Wanted(tuple(asks), wants, stay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +227,8 @@ class _WhatIf(Cycle):
     def __init__(self, twin: ClusterState, real: Cycle) -> None:
         super().__init__(twin, real.now, for_readers=True)
         self.placed: list[_Placed] = []
+        self.settled: list[_Placed] = []
+        """Those whose nodes boot already: they get these and no others."""
         self._real = real
         self._opened: set[str] = set()
         self.admitted = dict(real.admitted)
@@ -229,10 +241,27 @@ class _WhatIf(Cycle):
         kept = self._real.kept
         for job_id, reservation in kept.reservations.items():
             job = self.state.jobs[job_id]
-            if reservation.at > self.now and not reservation.evicting:
+            if reservation.boots:
+                self._go_on(job, reservation)
+            elif reservation.at > self.now and not reservation.evicting:
                 self._serve_reserved(job, reservation.at)
             # Nothing is asked for it a second time, and nothing of what is coming back for it.
             self.admitted.setdefault(job_id, _NOBODY)
+
+    def _go_on(self, job: Job, reservation: Reservation) -> None:
+        """The nodes that it waits for, and what is kept for it beside them. The date is that of the boots: no reason
+        to do without these."""
+        capacity, bundle = self.state.capacity, job.gang.bundle
+        capacity.take(bundle, reservation.boots)
+        places = list(reservation.boots)
+        for node_id, need in reservation.need.items():
+            held = self._real.kept.holds.get(node_id, NOTHING).at_most(need)
+            places += [PlacedBundle(node_id, ())] * (held.gpu_units // bundle.gpu_units)
+        new_class = capacity.class_of(reservation.boots[0].node_id)
+        options = self.notes.options.of(job.queue, job.gang)
+        option = next(each for each in options if new_class in each.classes)
+        self.settled.append(_Placed(job, option, tuple(places)))
+        self._opened |= {each.node_id for each in reservation.boots}
 
     def _serve_reserved(self, job: Job, due: float) -> None:
         kept, capacity = self._real.kept, self.state.capacity
@@ -272,6 +301,9 @@ class _WhatIf(Cycle):
 
     def feasible(self, job: Job) -> bool:  # noqa: ARG002
         return True  # a look at the places says it as well
+
+    def _serve_gangs_before(self, job: Job) -> None:
+        """Here everybody is served in order: what boots is there for him too."""
 
     def _nothing_new(self) -> bool:
         return False

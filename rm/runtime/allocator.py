@@ -65,6 +65,7 @@ from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
+from rm.runtime.stays import Stays
 from rm.runtime.wardens import Wardens
 from rm.runtime.writer import Writer
 from rm.settings import Settings
@@ -193,6 +194,7 @@ class Allocator:
             known=lambda: self._writer.view().nodes.keys(),
             types=lambda: self._autoscaler.types,
         )
+        self._stays = Stays(self._ledger.key, seen=lambda: self._watch.seen)
         self._gangs = Gangs(
             self._ledger,
             self._requests,
@@ -226,6 +228,7 @@ class Allocator:
             self._stands,
             self._gangs,
             self._wardens,
+            self._stays,
             view=self._writer.view,
             request=self._writer.request,
             clock=self._clock,
@@ -257,6 +260,7 @@ class Allocator:
             asyncio.create_task(self._keep_tidy()),
             asyncio.create_task(self._autoscaler.run()),
             asyncio.create_task(self._asks.run()),
+            asyncio.create_task(self._stays.run()),
             asyncio.create_task(self._audit.run()),
         ]
         # Who asks right after the start must not hear that there are no nodes.
@@ -267,6 +271,7 @@ class Allocator:
     def _want(self, wanted: Wanted) -> None:
         busy = self._asks.busy
         self._asks.want(wanted)
+        self._stays.want(wanted.stay)
         if self._asks.busy and not busy:
             self._autoscaler.hurry()
 
@@ -682,10 +687,11 @@ class Allocator:
         self._writer.stop()
 
     async def _let_go(self) -> None:
-        """What no job has: groups that are warm or ask for nodes, and GPUs in quarantine."""
+        """What no job has: groups that are warm, ask for nodes or keep them, and GPUs in quarantine."""
         self._stands.retire_all()
         await self._stands.all_gone()
         await self._asks.close()
+        await self._stays.close()
         await self._wardens.close()
 
     # --- asked by administrators ---------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from rm.runtime.placements import Placements
 from rm.runtime.processes import sweep
 from rm.runtime.runners import Runners
 from rm.runtime.stands import Stands
+from rm.runtime.stays import Stays
 from rm.runtime.wardens import Wardens
 from rm.runtime.writer import View
 from rm.views import AuditView, FindingView
@@ -90,6 +91,7 @@ class Audit:
         stands: Stands,
         gangs: Gangs,
         wardens: Wardens,
+        stays: Stays,
         *,
         view: Callable[[], View],
         request: Callable[[Event], Awaitable[None]],
@@ -104,6 +106,7 @@ class Audit:
         self._stands = stands
         self._gangs = gangs
         self._wardens = wardens
+        self._stays = stays
         self._view = view
         self._request = request
         self._clock = clock
@@ -235,10 +238,11 @@ class Audit:
         """Ray's nodes, our runners, and those groups that have to be looked up. Runs in a thread.
 
         Not the whole table of groups: Ray keeps in it every group that there ever was. What was taken over bears the
-        name of its present attempt here; stands that nobody has at present are left out, they have an end of their own.
+        name of its present attempt here; stands that nobody has at present are left out, they have an end of their own,
+        and so have the groups that keep idle nodes.
         """
         unused = self._stands.unused()
-        idle = self._stands.unused_groups()
+        idle = self._stands.unused_groups() | self._stays.groups()
         seen = read_nodes()
         nodes = {
             node.id: RayNode(

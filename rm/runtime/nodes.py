@@ -37,6 +37,7 @@ Amounts = tuple[int, int, int]
 """GPU units, milli-CPUs, bytes."""
 _GROUP = re.compile(r"^(CPU|GPU|memory|bundle)_group_([0-9a-f]{36})$")
 """A group's wildcard resource on a node: the sum over its bundles there."""
+_OWN = re.compile(r"^node:(?!__)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class SeenNode:
     labels: tuple[tuple[str, str], ...]
     groups: dict[str, Amounts]
     """Committed groups, ours and others': id → (GPU units, milli-CPUs, bytes)."""
+    own_resource: str = ""
+    """The resource by which Ray names the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +291,7 @@ def _seen(node_id: str, node: dict[str, object], report: ResourcesData) -> SeenN
         free_memory_bytes=int(free.get("memory", 0.0)),
         labels=tuple(sorted(labels.items())),
         groups=_groups(report.resources_total),
+        own_resource=next((key for key in sorted(resources) if _OWN.match(key)), ""),
     )
 
 

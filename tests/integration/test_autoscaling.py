@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from probes import groups, wait_until
+from probes import actor_pids, groups, wait_until
 
 from rm.errors import Infeasible
 
@@ -45,6 +48,10 @@ SMALL = {
 }
 
 
+TWO = {"a4": {**TYPES["a4"], "max_workers": 2}}
+IDLE_S = 9.0
+
+
 @pytest.fixture
 def autoscaling(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     import ray
@@ -55,7 +62,7 @@ def autoscaling(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     with tempfile.TemporaryDirectory(prefix="rm-as-", dir="/tmp") as directory:
         ray.shutdown()
         program = Path(__file__).parents[1] / "autoscaling_ray.py"
-        order = json.dumps({"types": getattr(request, "param", TYPES), "idle_minutes": 0.15})
+        order = json.dumps({"types": getattr(request, "param", TYPES), "idle_minutes": IDLE_S / 60})
         with (Path(directory) / "log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, str(program), directory, order],
@@ -118,6 +125,42 @@ def test_jobs_bring_nodes_up_and_nodes_go_when_nobody_needs_them(autoscaling: Si
 
 def booting(client) -> list[str]:
     return [each.name for each in client.nodes(booting=True) if each.booting_since is not None and each.jobs]
+
+
+@pytest.mark.parametrize("autoscaling", [TWO], indirect=True)
+def test_a_node_that_is_kept_for_a_gang_stays_though_it_is_idle_and_goes_when_the_gang_has_gone(
+    autoscaling: SimpleNamespace,
+) -> None:
+    client = autoscaling.client
+    long, short = client.submit("sleep 1000", num_gpus=4), client.submit("sleep 1", num_gpus=4)
+    wait_until(lambda: short.status == "SUCCEEDED" and long.status == "RUNNING", 90, "both nodes came")
+    gang = client.submit("true", nodes=2, gpus_per_node=4)
+    wait_until(lambda: stays(), 20, "the idle node is to stay")
+    assert len(stays()) == 1, "the other one has a job"
+    (idle,) = [node.id for node in client.nodes() if node.idle_since is not None]
+
+    def idle_s() -> float:
+        (node,) = [node for node in client.nodes() if node.id == idle]
+        assert node.idle_since is not None
+        return time.time() - node.idle_since
+
+    wait_until(lambda: idle_s() > 3 * IDLE_S, 4 * IDLE_S, "it is idle for longer than any node may be")
+    assert gang.why()["code"] == "WaitingForCapacity"
+    audit = client.audit()
+    assert not audit.findings, "the audit knows what keeps the node"
+    before = stays()
+    os.kill(actor_pids()["allocator"], signal.SIGKILL)
+    wait_until(lambda: len(stays()) == 1 and stays() != before, 30, "the next allocator keeps it anew")
+    assert idle in {node.id for node in client.nodes()}
+    gang.cancel()
+    wait_until(lambda: not stays(), 10, "nothing keeps it any longer")
+    wait_until(lambda: idle not in {node.id for node in client.nodes()}, 60, "it has gone")
+    long.cancel()
+    wait_until(lambda: not sum(node.gpus for node in client.nodes()), 60, "so has the other")
+
+
+def stays() -> list[str]:
+    return [name for name in groups() if "/stay/" in name]
 
 
 @pytest.mark.parametrize("autoscaling", [SMALL], indirect=True)

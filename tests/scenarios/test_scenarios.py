@@ -19,7 +19,7 @@ from rm.errors import RmError
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.yaml"))
-EXPECTED = {"decisions", "wanted", "waiting", "ended", "refused", "cut", "due"}
+EXPECTED = {"decisions", "wanted", "stay", "waiting", "ended", "refused", "cut", "due"}
 STIMULI = {
     "now", "note", "rank", "learn", "policy", "nodes", "launchable", "lose", "foreign", "release", "finish", "fail",
     "lost", "unready", "checkpoint", "broken", "cancel", "hold", "unhold", "submit", "steady",
@@ -46,6 +46,7 @@ def test_scenario(path: Path) -> None:
         ended = {job_id: str(stage.ended[job_id].status) for job_id in stage.ended if job_id not in before}
         assert ended == words.get("ended", {}), where
         assert stage.wanted() == words.get("wanted", []), where
+        assert list(stage.state.launches.wanted.stay) == words.get("stay", []), where
         _compare_waiting(stage, words.get("waiting", {}), where)
         if "due" in words:
             assert stage.state.next_due(stage.now) == words["due"], where
