@@ -94,8 +94,29 @@ def reserve(
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit.
 
-    `sooner_than`: None too where it fits only at this time or later. `boots`: the nodes that boot for it.
+    `sooner_than`: None too where it fits only at this time or later. `boots`: the nodes that boot for it. They count if
+    all else that it needs is there when the last of them is: no node is kept idle beside jobs that run for longer.
     """
+    if boots:
+        last = max(each.at for each in boots)
+        found = _soonest(job, state, classes, promised, now, fresh, sooner_than, last, boots)
+        if found is not None:
+            return found
+    return _soonest(job, state, classes, promised, now, fresh, sooner_than)
+
+
+def _soonest(
+    job: Job,
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+    promised: Promised,
+    now: float,
+    fresh: Fresh,
+    sooner_than: float | None,
+    last: float = inf,
+    boots: Sequence[Boot] = (),
+) -> Reservation | None:
+    """As `reserve`; None too where it fits only after `last`."""
     with state.capacity.imagined(_occupied(each) for each in boots) as new:
         relief = Relief(job.gang, state.capacity, (*classes, *new), promised.owed)
         gone: set[tuple[str, int]] = set()
@@ -103,7 +124,7 @@ def reserve(
         if boots:
             dated = merge(dated, sorted(map(_end_of, boots), key=_when), key=_when)
         for end, whose, bundle, attempt in chain(dated, _emptiest_first(state, classes, promised, fresh)):
-            if sooner_than is not None and end >= sooner_than:
+            if end > last or (sooner_than is not None and end >= sooner_than):
                 return None
             gone.add((whose, attempt.number))
             if relief.give(bundle, attempt):
