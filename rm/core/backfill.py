@@ -101,8 +101,30 @@ def reserve(
 ) -> Reservation | None:
     """The earliest time and place for `job` by the ends that are known. None where it can never fit.
 
-    `sooner_than`: None too where it fits only at this time or later. `boots`: the nodes that boot for it.
+    `sooner_than`: None too where it fits only at this time or later. `boots`: the nodes that boot for it. They count if
+    all else that it needs is there when the last of them is: no node is kept idle beside jobs that run for longer.
     """
+    if boots:
+        last = max(each.at for each in boots)
+        found = _soonest(job, state, classes, promised, now, fresh, sooner_than, taken, last, boots)
+        if found is not None:
+            return found
+    return _soonest(job, state, classes, promised, now, fresh, sooner_than, taken)
+
+
+def _soonest(
+    job: Job,
+    state: ClusterState,
+    classes: Sequence[NodeClass],
+    promised: Promised,
+    now: float,
+    fresh: Fresh,
+    sooner_than: float | None,
+    taken: Mapping[str, Sequence[Taken]],
+    last: float = inf,
+    boots: Sequence[Boot] = (),
+) -> Reservation | None:
+    """As `reserve`; None too where it fits only after `last`."""
     undated = sooner_than is None and not boots and _nothing_dated(state, promised, fresh)
     if undated:
         same = _chosen(state).get((job.gang, *classes))
@@ -118,7 +140,7 @@ def reserve(
         for end, whose, bundle, attempt in chain(
             dated, _emptiest_first(state, classes, promised, fresh, looked)
         ):
-            if sooner_than is not None and end >= sooner_than:
+            if end > last or (sooner_than is not None and end >= sooner_than):
                 return None
             gone[whose, attempt.number] = end
             if relief.give(bundle, attempt):

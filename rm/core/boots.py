@@ -2,10 +2,10 @@
 
 For whom they boot was worked out by the last look at what is wanted (`scaleup`), in the order and under the quotas of
 that moment. A gang that waits for several of them gets each as it comes (`backfill`), unless somebody who comes
-before it takes it first. Where a node boots for him as well, that costs the gang much and gains him little. So a gang
-that waits for several nodes is served before the jobs of one bundle in its queue that wait for one, unless their
-priority is higher. They wait for their own node, and no longer than the gang waits for its others: when the gang has
-started, or a boot has failed, they take what there is like anybody.
+before it takes it first. Where a node is on its way for him as well, that costs the gang much and gains him little.
+So a gang that waits for several nodes is served before the jobs of one bundle in its queue that wait for one, unless
+their priority is higher. They wait for their own node, and no longer than the gang waits for its others: when the
+gang has started, or a boot has failed, they take what there is like anybody.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Boots:
         return found
 
     def before(self, job: Job) -> Iterator[Job]:
-        """The gangs that are served before the job since a node boots for it too."""
+        """The gangs that are served before the job since a node is on its way for it too."""
         state = self._state
         wants = state.launches.wanted_before(self._now)
-        if job.id not in wants or job.gang.count > 1 or not self._boots_one_of(wants[job.id].node_types):
+        if job.id not in wants or job.gang.count > 1:
             return
         for job_id, want in wants.items():
             gang = state.jobs.get(job_id)
@@ -68,9 +68,6 @@ class Boots:
         return len(want.node_types) > 1 or (
             first is not None and first.gpu_slots * GPU_UNIT < job.gang.least_units
         )
-
-    def _boots_one_of(self, types: tuple[str, ...]) -> bool:
-        return any(shape.name in types for shape, _ in self._state.launches.coming(self._now))
 
     def _counts(self, shape: NodeShape, job: Job, option: Option) -> bool:
         """Whether nodes of this shape would be among the option's."""

@@ -98,11 +98,10 @@ def _look(cycle: Cycle) -> None:
 
 
 def _staying(cycle: Cycle) -> tuple[str, ...]:
-    """Step 7. Where jobs run, or start now, nothing has to be done; and what leaves already would not stay."""
+    """Step 7. Where jobs run, or start now, nothing has to be done. On nodes that leave already nothing is kept."""
     state, kept = cycle.state, cycle.kept
     idle = [node_id for node_id in kept.holds if node_id in state.idle_since and node_id not in kept.taken]
-    nodes = (state.nodes[node_id] for node_id in sorted(idle))
-    return tuple(node.id for node in nodes if node.returnable and not node.cordoned)
+    return tuple(node_id for node_id in sorted(idle) if state.nodes[node_id].returnable)
 
 
 def _still(wanted: Wanted, cycle: Cycle, stay: tuple[str, ...]) -> Wanted:

@@ -8,8 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rm.core.cycle import why
-from rm.core.events import ForeignUseObserved, LaunchesObserved, LaunchFailed, NodeTypesObserved
-from rm.core.model import GPU_TYPE, NodeShape
+from rm.core.events import (
+    ForeignUseObserved,
+    JobAdmitted,
+    JobSubmitted,
+    LaunchesObserved,
+    LaunchFailed,
+    NodeTypesObserved,
+)
+from rm.core.model import GPU_TYPE, Gang, NodeShape
+from rm.core.records import replace
+from rm.core.resources import Bundle
+from rm.core.scaleup import decide
 from rm.testing import Behaviour, FakeCluster
 
 
@@ -182,6 +192,21 @@ def test_a_node_that_joins_after_its_type_was_told_is_returnable_all_the_same() 
     fake.happen(LaunchesObserved(0, (("a", 1),), (), returnable=("n",)))
     fake.add_node("n", 8)
     assert fake.state.nodes["n"].returnable
+
+
+def test_a_node_on_which_a_job_starts_need_not_be_kept() -> None:
+    fake = cluster(shape("a", 8, 2))
+    fake.happen(LaunchesObserved(0, (("a", 2),), (), returnable=("n1", "n2")))
+    fake.add_node("n1", 8)
+    fake.add_node("n2", 8)
+    fake.submit(8, behaviour=Behaviour(1000), time_limit_s=1000)
+    gang = fake.submit(8, count=2)
+    assert fake.state.launches.wanted.stay == ("n2",)
+    short = replace(fake.state.jobs[gang], id="short", seq=9, gang=Gang(Bundle(10_000)), time_limit_s=60.0)
+    fake.state.apply(JobSubmitted(fake.now, short))
+    plan = decide(fake.state, fake.now)
+    assert [each.job_id for each in plan.events if isinstance(each, JobAdmitted)] == ["short"]
+    assert fake.state.launches.wanted.stay == ()
 
 
 def test_since_when_a_node_is_idle() -> None:
