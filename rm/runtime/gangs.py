@@ -54,7 +54,7 @@ STOP_SLACK_S = 15.0
 
 SLOW_S = 1.0
 """After this long, a group whose GPUs were free is looked after, and then each time again."""
-BRIEF_S = 0.25
+BRIEF_S = 0.15
 """A run that is shorter tells that it has started when it ends, which saves a call and a commit."""
 UNSETTLED_KEPT = 2_000
 """Jobs that ended last of which it is remembered who has their logs: those before have long sent them."""
