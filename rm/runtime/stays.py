@@ -6,8 +6,8 @@ node that uses a thousandth of the resource by which Ray names each node, of whi
 no CPU, no memory. The core says which nodes are to stay (`Wanted.stay`), and a node that is no longer among them has
 its stay removed at once, so that it is idle from then on like any other.
 
-Stays are named `rm/<ledger key>/stay/…` and are not detached: when the allocator is ended for good, Ray removes them.
-After a restart they are removed like any group without an attempt, and made anew where they are wanted.
+Stays are named `rm/<ledger key>/stay/…` and are not detached: Ray removes them when the allocator's process has died. A
+restart makes them anew where they are wanted; whatever is left is removed then like any group without an attempt.
 """
 
 from __future__ import annotations
