@@ -173,6 +173,8 @@ class Cycle:
         self._kept_quota: dict[str, tuple[str, str, int]] = {}
         self._patient: set[int] = set()
         """Node classes on which the first blocked job lets others pass for now."""
+        self._gangs_served: set[str] = set()
+        """Gangs that were served before others in this walk: what they did not get then they get no more."""
         self._earlier: dict[str, Reservation] = {}
         """What the last walk of this cycle kept, and had to forget."""
         self._kept_coming = 0
@@ -386,6 +388,7 @@ class Cycle:
         self._full.clear()
         self._full_in_time.clear()
         self._hopeless.clear()
+        self._gangs_served.clear()
         self.first_blocked = None
         self._fit_in_time = 0
         self._kept_coming = 0
@@ -631,11 +634,12 @@ class Cycle:
         self._fit = fitting(self.state, self._fit)
 
     def _serve_gangs_before(self, job: Job) -> None:
-        """A node boots for the job: first those who wait for several, so that it takes no part of theirs."""
+        """A node is on its way for the job: first those who wait for several, so that it takes no part of theirs."""
         for gang in self.boots.before(job):
             group = self.state.pending.group_of(gang.id)
-            if group is None or gang.id in self.admitted:
+            if group is None or gang.id in self._gangs_served:
                 continue
+            self._gangs_served.add(gang.id)
             options = self.notes.options.of(gang.queue, gang.gang)
             if options and not self._admit_somewhere(gang, options, group.shape.bit):
                 self._await_boots(gang, options)
