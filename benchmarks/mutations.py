@@ -448,6 +448,8 @@ MUTATIONS = (
     M("a gang keeps its part while others boot", "cycle",
       "            self._await_boots(job, options)\n            return False", "            return False"),
     M("gangs whose nodes boot come first", "cycle", "        self._serve_gangs_before(job)\n", ""),
+    M("who starts is served no second time", "cycle", "gang.id in self.admitted or gang.id in self._gangs_served",
+      "gang.id in self._gangs_served"),
     M("a higher priority keeps its right", "boots", " or gang.priority < job.priority:", ":"),
     M("another queue keeps its right", "boots", "gang is None or gang.queue != job.queue", "gang is None"),
     M("who has no node on the way keeps its right", "boots", "job.id not in wants or ", ""),

@@ -634,7 +634,7 @@ class Cycle:
         """A node is on its way for the job: first those who wait for several, so that it takes no part of theirs."""
         for gang in self.boots.before(job):
             group = self.state.pending.group_of(gang.id)
-            if group is None or gang.id in self._gangs_served:
+            if group is None or gang.id in self.admitted or gang.id in self._gangs_served:
                 continue
             self._gangs_served.add(gang.id)
             options = self.notes.options.of(gang.queue, gang.gang)
