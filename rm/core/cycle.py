@@ -667,24 +667,21 @@ class Cycle:
         old = earlier or self.notes.reservations.get(job.id)
         if old is None or old.evicting:
             return None
+        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
+        if option is None:
+            return None
         if old.boots:
-            return self._kept_boots(old, job, options)
+            return self._kept_boots(old, job, option)
         # Where no date is known none is promised: other nodes may have become the better ones, if anything has changed.
         # What was admitted since was chosen with it in mind.
         unmoved = self.notes.gains == self.state.books.gains and not self.admitted and not self._stopped
         if old.at == inf and earlier is None and not (unmoved and not self.kept.reservations):
             return None
-        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
-        if option is None or not still_good(old, self.state, job, self.now, self.kept.taken):
-            return None
-        return option, old
+        return (option, old) if still_good(old, self.state, job, self.now, self.kept.taken) else None
 
-    def _kept_boots(
-        self, old: Reservation, job: Job, options: Sequence[Option]
-    ) -> tuple[Option, Reservation] | None:
+    def _kept_boots(self, old: Reservation, job: Job, option: Option) -> tuple[Option, Reservation] | None:
         """The same nodes that boot, and the same part of those that are up, as long as no node comes or goes."""
-        option = next((each for each in options if class_ids(each.classes) == old.classes), None)
-        if option is None or self.notes.came != _came(self.state):
+        if self.notes.came != _came(self.state):
             return None
         boots = {each.node_id: each.at for each in self.boots.of(job, option)}
         if any(each.node_id not in boots for each in old.boots):
