@@ -52,7 +52,6 @@ from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
-from rm.core.records import replace
 from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
 from rm.core.transit import Transit, fitting
@@ -681,13 +680,10 @@ class Cycle:
 
     def _kept_boots(self, old: Reservation, job: Job, option: Option) -> tuple[Option, Reservation] | None:
         """The same nodes that boot, and the same part of those that are up, as long as no node comes or goes."""
-        if self.notes.came != _came(self.state):
+        booting = {each.node_id for each in self.boots.of(job, option)}
+        if self.notes.came != _came(self.state) or any(each.node_id not in booting for each in old.boots):
             return None
-        boots = {each.node_id: each.at for each in self.boots.of(job, option)}
-        if any(each.node_id not in boots for each in old.boots):
-            return None
-        new = replace(old, at=max(old.at, *(boots[each.node_id] for each in old.boots)))
-        return (option, new) if still_good(new, self.state, job, self.now, self.kept.taken) else None
+        return (option, old) if still_good(old, self.state, job, self.now, self.kept.taken) else None
 
     def _earliest(
         self, job: Job, options: Sequence[Option], sooner_than: float | None = None
