@@ -20,11 +20,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from rm.core.launches import NOTHING_WANTED, Ask, Wanted
 from rm.core.resources import GPU_UNIT
 from rm.runtime.autoscaler import LaunchType
+from rm.runtime.group_removal import remove_group
 from rm.runtime.nodes import Seen
 
 log = logging.getLogger("rm.asks")
@@ -100,12 +101,16 @@ class Asks:
         async with self._turn:
             seen, known = self._seen(), self._known()
             missing = Counter(spec_of(ask) for ask in self._wanted.asks)
-            for group_id, group in list(self._groups.items()):
+            over: list[str] = []
+            for group_id, group in self._groups.items():
                 where = {node_id for node_id, node in seen.nodes.items() if group_id in node.groups}
                 if not (where and where <= set(known)) and missing[group.spec]:
                     missing[group.spec] -= 1
                 else:
-                    await self._remove(group_id)
+                    over.append(group_id)
+            async with asyncio.TaskGroup() as removing:
+                for group_id in over:
+                    removing.create_task(self._remove(group_id))
             for group_id in list(self._gone):
                 if not any(group_id in node.groups for node in seen.nodes.values()):
                     del self._gone[group_id]
@@ -118,8 +123,7 @@ class Asks:
         await self.reconcile()
 
     async def _remove(self, group_id: str) -> None:
-        group = self._groups[group_id]
-        await asyncio.to_thread(remove_placement_group, group.handle)
+        await remove_group(self._groups[group_id].handle)
         self._gone[group_id] = self._groups.pop(group_id)
 
     async def _create(self, spec: Spec, seen: Seen) -> None:

@@ -32,7 +32,7 @@ def plain(address: str) -> str:
 
 def probe(spelling: str, deadline: float) -> str:
     """Why there is no live GCS at `spelling`; "" if there is and this process may use it. Sets the token mode."""
-    import grpc  # type: ignore[import-untyped]
+    import grpc
     from ray._common.network_utils import parse_address
     from ray._private import services
 

@@ -12,15 +12,11 @@ import logging
 from typing import Any
 
 from ray._raylet import PlacementGroupID
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from rm.core.model import Gang, PlacedBundle
 from rm.core.resources import GPU_UNIT, Bundle
+from rm.runtime.group_removal import remove_group
 
 log = logging.getLogger("rm.placements")
 
@@ -34,6 +30,8 @@ class Placements:
         self._ids: dict[str, str] = {}
         self._names: dict[str, str] = {}
         """Attempts that have a group of another name."""
+        self._committed: set[str] = set()
+        """Ids of groups that were seen made."""
 
     def ours(self, group_id: str) -> bool:
         return group_id in self._ids
@@ -106,6 +104,8 @@ class Placements:
             await asyncio.wait_for(committed, timeout_s)
         except TimeoutError:
             return False
+        if group := self._groups.get(attempt):
+            self._committed.add(group.id.hex())
         return True
 
     async def remove(self, attempt: str) -> str | None:
@@ -116,11 +116,12 @@ class Placements:
         group = self._groups.get(attempt)
         if group is None:
             return None
+        group_id = str(group.id.hex())
         try:
-            await asyncio.to_thread(remove_placement_group, group)
+            await remove_group(group, committed=group_id in self._committed)
         except Exception:
             log.warning("removing the group of %s failed; it will be tried again", attempt, exc_info=True)
-        return str(group.id.hex())
+        return group_id
 
     def look_up(self, group_id: str) -> tuple[str, dict[str, Any]] | None:
         """What Ray's table says of any group: its attempt ("": it is not ours) and the entry. Blocks for a call."""
@@ -134,7 +135,7 @@ class Placements:
         """Ask Ray to remove a group of ours that no attempt owns."""
         if attempt := self._ids.get(group_id):
             self.forget(attempt)
-        await asyncio.to_thread(remove_placement_group, _handle({"placement_group_id": group_id}))
+        await remove_group(_handle({"placement_group_id": group_id}))
 
     def forget(self, attempt: str) -> None:
         """The group was seen gone."""
@@ -142,6 +143,7 @@ class Placements:
         self._names.pop(attempt, None)
         if group is not None:
             self._ids.pop(group.id.hex(), None)
+            self._committed.discard(group.id.hex())
 
     def _remember(self, attempt: str, group: PlacementGroup) -> None:
         self._groups[attempt] = group

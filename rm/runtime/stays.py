@@ -19,8 +19,9 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 
+from rm.runtime.group_removal import remove_group
 from rm.runtime.nodes import Seen
 
 log = logging.getLogger("rm.stays")
@@ -85,10 +86,14 @@ class Stays:
             self._gone = {
                 group_id: since for group_id, since in self._gone.items() if seen.at <= since + LOOK_S
             }
-            for group_id, stay in list(self._stays.items()):
+            over: list[str] = []
+            for group_id, stay in self._stays.items():
                 lost = seen.at > stay.since + LOOK_S and seen.lacks(group_id, stay.node_id)
                 if lost or stay.node_id not in self._wanted:
-                    await self._remove(group_id)
+                    over.append(group_id)
+            async with asyncio.TaskGroup() as removing:
+                for group_id in over:
+                    removing.create_task(self._remove(group_id))
             there = {stay.node_id for stay in self._stays.values()}
             for node_id in sorted(self._wanted - there):
                 await self._make(node_id, seen)
@@ -99,7 +104,7 @@ class Stays:
         await self.reconcile()
 
     async def _remove(self, group_id: str) -> None:
-        await asyncio.to_thread(remove_placement_group, self._stays[group_id].handle)
+        await remove_group(self._stays[group_id].handle)
         del self._stays[group_id]
         self._gone[group_id] = time.monotonic()
 

@@ -18,11 +18,20 @@ pytestmark = pytest.mark.ray
 
 def processes_of(job_id: str) -> list[int]:
     """The job's rank processes: each leads a session, and what it starts in turn does not."""
-    return [
-        pid
-        for pid in user_processes()
-        if environ(pid).get("RM_JOB_ID") == job_id and os.getsid(pid) == pid and "RANK" in environ(pid)
-    ]
+    found = []
+    for pid in user_processes():
+        words = environ(pid)
+        if words.get("RM_JOB_ID") == job_id and "RANK" in words and leads(pid):
+            found.append(pid)
+    return found
+
+
+def leads(pid: int) -> bool:
+    """Whether it leads a session. One that has just ended, like a `sleep` of a shell's, leads none."""
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def environ(pid: int) -> dict[str, str]:

@@ -50,7 +50,7 @@ class World:
         self.made.append((name, bundles, bundle_label_selector))
         return SimpleNamespace(id=SimpleNamespace(hex=lambda: group_id))
 
-    def remove(self, handle: Any) -> None:
+    async def remove(self, handle: Any) -> None:
         self.groups.pop(handle.id.hex(), None)
 
     def on(self) -> list[str]:
@@ -60,7 +60,7 @@ class World:
 def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Awaitable[None]]) -> None:
     world = World()
     monkeypatch.setattr(stays, "placement_group", world.make)
-    monkeypatch.setattr(stays, "remove_placement_group", world.remove)
+    monkeypatch.setattr(stays, "remove_group", world.remove)
 
     async def main() -> None:
         task = asyncio.create_task(world.stays.run())
