@@ -171,51 +171,22 @@ class FileStore:
         path = self._log(job_id, attempt, rank, stream)
         _number(offset, "offset", most=_OFFSET_MOST)
         with self._writing(path) as position:
-            if position.closed:
-                return max(offset + len(data), position.stream)
-            size = _size(path)
-            if size < position.at:
-                # The machine crashed: the end of the file is gone, what we knew about it is not.
-                size = self._write_gap(path, position, "output was lost here in a crash", position.stream)
-            expected, end = position.stream + size - position.at, offset + len(data)
-            if end <= expected:
-                return expected
-            if offset > expected and (self._holes or size < self._max_log_bytes):
-                lost = f"{offset - expected} bytes of output were lost here"
-                size = self._write_gap(path, position, lost, offset)
-                expected = offset
-            new = data[max(0, expected - offset) :]
-            kept = new if self._holes else new[: max(0, self._max_log_bytes - size)]
-            _append(path, kept)
-            if self._holes:
-                self._cut(path, position, size + len(kept))
-            dropped = end - expected - len(kept)
-            if dropped:
-                position.dropped += dropped
-                position.at, position.stream = size + len(kept), end
-                self._write_position(path, position)
-            return end
+            return self._add(path, position, offset, data)
 
     def close_log(self, job_id: str, attempt: int, rank: int, stream: str) -> None:
         """Say that the rank prints no more. If anything was dropped, the last line says how much. Twice is once."""
         path = self._log(job_id, attempt, rank, stream)
         with self._writing(path) as position:
-            if position.closed:
-                return
-            size = _size(path)
-            position.at, position.stream = size, position.stream + size - position.at
-            position.closed = True
-            limit = f"a log keeps {self._max_log_bytes} bytes (RM_MAX_LOG_BYTES)"
-            words = f"{position.dropped} bytes more were printed and not kept: {limit}"
-            _append(path, _note(path, words) if position.dropped else b"")
-            # After the last line: who reads `closed` has everything.
-            self._write_position(path, position)
+            self._close(path, position)
 
     def end_logs(self, job_id: str, attempt: int, last: list[LastBatch]) -> None:
         """The last batches of some of an attempt's logs, and their close: `append_log` and `close_log` for each."""
         for rank, stream, offset, data in last:
-            self.append_log(job_id, attempt, rank, stream, offset, data)
-            self.close_log(job_id, attempt, rank, stream)
+            path = self._log(job_id, attempt, rank, stream)
+            _number(offset, "offset", most=_OFFSET_MOST)
+            with self._writing(path) as position:
+                self._add(path, position, offset, data)
+                self._close(path, position)
 
     def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int
@@ -245,11 +216,12 @@ class FileStore:
         """Every log of the job, by attempt, rank and stream."""
         directory = self._root / "logs" / _job_id(job_id)
         found = []
-        for path in directory.glob("*/*"):
+        # Of one that holds nothing there is its position alone.
+        for path in {path.with_name(path.name.removesuffix(".json")) for path in directory.glob("*/*")}:
             match = _LOG.fullmatch(path.name)
             if match is not None:
                 position = _read_position(path)
-                size = path.stat().st_size - max(0, position.cut - self._head_bytes)
+                size = _size(path) - max(0, position.cut - self._head_bytes)
                 found.append(LogFile(int(path.parent.name), int(match[1]), match[2], size, position.closed))
         return sorted(found, key=lambda each: (each.attempt, each.rank, each.stream))
 
@@ -299,6 +271,50 @@ class FileStore:
                 if path.name not in needed:
                     found.append(_Removable(at, size, (path,), is_blob=True))
         return found, total
+
+    # --- one log ---------------------------------------------------------------------------------------------
+
+    def _add(self, path: Path, position: _Position, offset: int, data: bytes) -> int:
+        """`append_log`, for whom writes to the log at present."""
+        if position.closed:
+            return max(offset + len(data), position.stream)
+        size = _size(path)
+        if size < position.at:
+            # The machine crashed: the end of the file is gone, what we knew about it is not.
+            size = self._write_gap(path, position, "output was lost here in a crash", position.stream)
+        expected, end = position.stream + size - position.at, offset + len(data)
+        if end <= expected:
+            return expected
+        if offset > expected and (self._holes or size < self._max_log_bytes):
+            lost = f"{offset - expected} bytes of output were lost here"
+            size = self._write_gap(path, position, lost, offset)
+            expected = offset
+        new = data[max(0, expected - offset) :]
+        kept = new if self._holes else new[: max(0, self._max_log_bytes - size)]
+        if kept:
+            _append(path, kept)
+        if self._holes:
+            self._cut(path, position, size + len(kept))
+        dropped = end - expected - len(kept)
+        if dropped:
+            position.dropped += dropped
+            position.at, position.stream = size + len(kept), end
+            self._write_position(path, position)
+        return end
+
+    def _close(self, path: Path, position: _Position) -> None:
+        """`close_log`, for whom writes to the log at present."""
+        if position.closed:
+            return
+        size = _size(path)
+        position.at, position.stream = size, position.stream + size - position.at
+        position.closed = True
+        limit = f"a log keeps {self._max_log_bytes} bytes (RM_MAX_LOG_BYTES)"
+        words = f"{position.dropped} bytes more were printed and not kept: {limit}"
+        if position.dropped:
+            _append(path, _note(path, words))
+        # After the last line: who reads `closed` has everything.
+        self._write_position(path, position)
 
     # --- logs too long -----------------------------------------------------------------------------------
 
@@ -351,9 +367,13 @@ class FileStore:
             yield _read_position(path)
 
     def _write_position(self, path: Path, position: _Position) -> None:
+        kept, text = _position_path(path), json.dumps(asdict(position)).encode()
+        if not kept.exists():
+            _create(kept, text)  # whoever reads half of it takes it for not there, as it was
+            return
         draft = self._drafts / secrets.token_hex(8)
-        _create(draft, json.dumps(asdict(position)).encode())
-        draft.replace(_position_path(path))
+        _create(draft, text)
+        draft.replace(kept)
 
     def _write(self, path: Path, data: bytes) -> None:
         """`data` at `path`, whole and durable, or an OSError and nothing."""
@@ -488,8 +508,9 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _directory(path: Path) -> Path:
     """The directory, made for the owner alone where it is missing."""
-    if not path.is_dir():
-        for each in reversed((path, *path.parents)):
-            if not each.exists():
-                each.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        _directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
     return path
