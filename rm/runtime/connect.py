@@ -110,8 +110,14 @@ def create_actors(config: Config) -> tuple[Any, Any]:
         "max_task_retries": -1,
         "max_concurrency": CALLS,
     }
-    store = ray.remote(Store).options(name="store", **common).remote(str(config.home), config.max_log_bytes)
-    allocator = ray.remote(Allocator).options(name="allocator", **common).remote(config)
+    store = (
+        ray.remote(Store)
+        .options(name="store", enable_task_events=False, **common)
+        .remote(str(config.home), config.max_log_bytes)
+    )
+    allocator = (
+        ray.remote(Allocator).options(name="allocator", enable_task_events=False, **common).remote(config)
+    )
     return allocator, store
 
 

@@ -49,6 +49,7 @@ class Runners:
                 num_gpus=gang.bundle.gpu_units / GPU_UNIT,
                 num_cpus=gang.bundle.cpu_milli / 1000,
                 max_restarts=0,
+                enable_task_events=False,
                 max_concurrency=CONCURRENT_CALLS,
                 runtime_env=runtime_env or None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
