@@ -22,7 +22,7 @@ from rm.runtime.preloading import Preloading
 from rm.runtime.processes import Launched, LaunchOutcome, RankExit
 from rm.runtime.shipping import LogShipper
 from rm.runtime.tail import last_lines
-from rm.runtime.workspace import Workspace
+from rm.runtime.workspace import Spare, Workspace, clear_stale
 from rm.runtime.xid_watch import XidWatch
 
 REPORT_S = 0.5
@@ -40,13 +40,20 @@ class BundleRun:
     """Made by whoever speaks of it first: a stop may come before the order."""
 
     def __init__(
-        self, nursery: Nursery, preloading: Preloading, xids: XidWatch, store: Link, allocator: Link
+        self,
+        nursery: Nursery,
+        preloading: Preloading,
+        xids: XidWatch,
+        store: Link,
+        allocator: Link,
+        spare: Spare,
     ) -> None:
         self._nursery = nursery
         self._preloading = preloading
         self._xids = xids
         self._store = store
         self._allocator = allocator
+        self._spare = spare
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._shipper: LogShipper | None = None
@@ -95,7 +102,7 @@ class BundleRun:
             await self._launched.stop(grace_s)
 
     async def _supervise(self, order: RunOrder) -> RunResult:
-        workspace = self._workspace = Workspace(order)
+        workspace = self._workspace = Workspace(order, spare=self._spare)
         try:
             return await self._run_in(workspace, order)
         except RmError as error:
@@ -116,7 +123,10 @@ class BundleRun:
                 imported = modules_path(workspace.result).read_text().split()
                 self._preloading.learn(workspace.processes()[0], imported)
         finally:
-            await asyncio.to_thread(workspace.remove)
+            if not workspace.give_back():
+                await asyncio.to_thread(workspace.remove)
+            if workspace.is_look_due():
+                await asyncio.to_thread(clear_stale, workspace.path.parent)
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
         store = self._store
@@ -125,7 +135,10 @@ class BundleRun:
             payload = await store.call("get_blob", order.payload_sha256)
         if order.working_dir_sha256:
             working_dir = await store.call("get_blob", order.working_dir_sha256)
-        await asyncio.to_thread(workspace.create, payload, working_dir)
+        if payload is None and working_dir is None:
+            workspace.create(None, None)  # takes less than a change of threads
+        else:
+            await asyncio.to_thread(workspace.create, payload, working_dir)
         processes = workspace.processes()
         if self._stop_asked:
             return RunResult(ok=False, stopped=True, message="stopped before it started")
@@ -133,7 +146,9 @@ class BundleRun:
         nursery = self._preloading.nursery(processes) or self._nursery
         self._xids.take()  # what comes late from the one before
         attempt = f"{order.job_id}.{order.attempt}"
-        self._launched = await Launched.start(attempt, processes, order.grace_s, nursery, str(workspace.path))
+        self._launched = await Launched.start(
+            attempt, processes, order.grace_s, nursery, workspace.left_behind
+        )
         self._shipper = shipper
         self._started.set()
         if self._stop_asked:

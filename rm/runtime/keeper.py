@@ -54,6 +54,9 @@ REAP_LIMIT_S = 10.0  # how long a SIGKILLed process may take to die before it is
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ALL_SIGNALS = frozenset(
+    map(int, signal.valid_signals())
+)  # as plain numbers: each look at an enum costs a fork's pages
 
 
 def _load_prctl() -> Callable[..., int] | None:
@@ -196,6 +199,18 @@ def kill_descendants(
         pause_s = min(2 * pause_s, 0.5)
 
 
+def make_checkpoint_dir(path: str) -> None:
+    """Make it, unless it is there. Others may have been first on a shared disk: a link leads files elsewhere."""
+    try:
+        os.mkdir(path)  # noqa: PTH102 - pathlib is a slow import
+    except FileExistsError:
+        if os.path.islink(path):  # noqa: PTH114 - as above
+            raise OSError(errno.ELOOP, "a link", path) from None
+        os.makedirs(path, exist_ok=True)  # noqa: PTH103 - as above
+    except FileNotFoundError:
+        os.makedirs(path, exist_ok=True)  # noqa: PTH103 - as above
+
+
 class Entered(BaseException):
     """Raised in a rank whose code this interpreter is to run: up through the frames of its keeper, which end here."""
 
@@ -221,16 +236,19 @@ class Rank:
         self.error: dict[str, Any] | None = None  # the step and errno that kept user code from starting
         self.keeps_grace = False  # SIGTERM ended the leader, a shell say, but maybe not its children
 
-    def fork(self) -> None:
-        """Start the rank; how exec went arrives on `exec_pipe`. OSError: no process could be made."""
+    def fork(self, handled: Iterable[int]) -> None:
+        """Start the rank; how exec went arrives on `exec_pipe`. OSError: no process could be made.
+
+        `handled`: the signals that are handled or ignored here, and are not to be there.
+        """
         exec_pipe, report = os.pipe()
         keeper = os.getpid()
         # Blocked, so that a signal to the child before exec meets default handlers and not a copy of ours.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                self._become(keeper, report)
+                self._become(keeper, report, handled)
         except OSError:
             os.close(exec_pipe)
             raise
@@ -239,7 +257,7 @@ class Rank:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.exec_pipe, self.running = exec_pipe, True
 
-    def _become(self, keeper: int, report: int) -> NoReturn:
+    def _become(self, keeper: int, report: int, handled: Iterable[int]) -> NoReturn:
         """In the child: turn into user code, or report the step at which that failed. Never returns.
 
         Raises Entered where user code is to run in this very interpreter.
@@ -250,7 +268,7 @@ class Rank:
             set_process_option(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != keeper:
                 os._exit(1)  # the keeper died before PDEATHSIG was set: nobody would ever stop this rank
-            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            for number in handled:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             step = "output"
@@ -260,11 +278,19 @@ class Rank:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out, 1)
             os.dup2(err, 2)
+            step = "checkpoint"
+            if order.get("checkpoint_dir"):
+                make_checkpoint_dir(order["checkpoint_dir"])
             step = "cwd"
             os.chdir(order["cwd"])
             step = "exec"
             if order.get("entry") and enter is not None and enter(order):
                 raise Entered(order["entry"])
+            if order.get("direct"):
+                try:
+                    os.execve(order["direct"][0], order["direct"][1:], order["env"])  # noqa: S606 - as below
+                except OSError:
+                    pass  # the shell is to say why
             os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606 - this is what was asked for
         except Entered:
             raise
@@ -299,6 +325,9 @@ class Keeper:
 
     def __init__(self, runner: int) -> None:
         self.forget()
+        self.scratch: list[
+            str
+        ] = []  # directories to remove if the runner does not live to do it, also when we wait
         self.guard = os.getppid()
         self.orphaned = False
         self.leaving = False  # asked to end by a signal
@@ -308,6 +337,10 @@ class Keeper:
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, *END_SIGNALS):
             signal.signal(number, lambda *_: None)  # what it carries comes through the wake-up pipe
+        # Few of sixty, and the same for all ranks.
+        self.handled = [
+            number for number in ALL_SIGNALS if signal.getsignal(number) not in (signal.SIG_DFL, None)
+        ]
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         self.poll.register(0, select.POLLIN)
@@ -324,7 +357,6 @@ class Keeper:
         self.grace_s = 0.0
         self.kill_at: float | None = None  # set: stopping; SIGKILL for all at this monotonic time
         self.first_failed: int | None = None
-        self.scratch = ""  # a directory to remove if the runner does not live to do it
         self.stay = False
 
     def run(self) -> None:
@@ -360,7 +392,8 @@ class Keeper:
         if self.orphaned and self.scratch:
             import shutil  # slow to import, and seldom needed
 
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            for directory in self.scratch:
+                shutil.rmtree(directory, ignore_errors=True)
         done = {
             "event": "done",
             "first_failed": self.first_failed,
@@ -435,7 +468,7 @@ class Keeper:
     def start(self, message: dict[str, Any]) -> None:
         """Fork every rank; their execs go on in parallel. One that cannot be forked fails like any other."""
         self.grace_s = float(message["grace_s"])
-        self.scratch = message.get("scratch", "")
+        self.scratch = message.get("scratch", [])
         self.stay = message.get("stay", False)
         self.attempt = message["attempt"]
         call_oneself(self.attempt.encode())
@@ -443,7 +476,7 @@ class Keeper:
         unborn: list[Rank] = []
         for rank in self.ranks:
             try:
-                rank.fork()
+                rank.fork(self.handled)
             except OSError as error:
                 rank.error = {"step": "fork", "errno": error.errno}
                 unborn.append(rank)

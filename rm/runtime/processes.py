@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class RankProcess:
     entry: tuple[str, str] | None = None
     """The arguments of `rm.runtime.entry`, where `argv` is nothing but that: its keeper may be able to do without a new
     interpreter."""
+    direct: tuple[str, ...] = ()
+    """What `argv`, a shell's, comes to without the shell, a program's path and its words: tried first."""
+    checkpoint_dir: str = ""
+    """Made by the rank itself, since it may be on a disk of the network that nobody else is to wait for."""
+
+
+_ORDERED = tuple(each.name for each in fields(RankProcess))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,9 @@ class RankExit:
     """How one rank ended, at unix time `at`: exit code, or signal, or the error that kept it from running.
 
     `error` is for the user and names what to fix. `error_kind`: command_not_found, bad_interpreter,
-    permission, bad_format, bad_cwd, bad_output, too_large, no_process, not_started; stuck (it does not die:
-    the node needs attention); keeper_lost (how it ended is unknown, and not the fault of user code).
+    permission, bad_format, bad_cwd, bad_output, bad_checkpoint_dir, too_large, no_process, not_started;
+    stuck (it does not die: the node needs attention); keeper_lost (how it ended is unknown, and not the
+    fault of user code).
     """
 
     rank: int
@@ -113,17 +121,23 @@ class Launched:
 
     @classmethod
     async def start(
-        cls, attempt: str, procs: Sequence[RankProcess], grace_s: float, nursery: Nursery, scratch: str = ""
+        cls,
+        attempt: str,
+        procs: Sequence[RankProcess],
+        grace_s: float,
+        nursery: Nursery,
+        scratch: Sequence[str] = (),
     ) -> Launched:
         """Start all ranks and return once each has begun to run user code or has failed to.
 
         Failures are told by `wait` and not raised here, except: ValueError if `procs` breaks its contract,
         OSError if this machine cannot start one more process. Cancelled, it kills what it has started.
-        `scratch`: a directory that the keeper removes when the caller's process dies before the end.
+        `scratch`: directories that the keeper removes where the caller's process dies, now or while the keeper waits.
         """
         _check(procs)
         launched = cls(attempt, procs, nursery, await nursery.keeper(attempt))
-        ranks = [asdict(each) for each in procs]
+        # Not `asdict`, which copies all of an environment that is only to be written down.
+        ranks = [{name: getattr(each, name) for name in _ORDERED} for each in procs]
         launched._send({"grace_s": grace_s, "scratch": scratch, "stay": True, "procs": ranks})
         try:
             await launched._all_reported.wait()
@@ -294,6 +308,13 @@ def _explain(rank: RankProcess, step: str, number: int) -> tuple[str, str]:
             kind = "bad_output"
             text = f"cannot open its log files {rank.stdout!r} and {rank.stderr!r}: {why}. "
             text += "Check the directory's owner and the free space on this node."
+        case "checkpoint":
+            kind = "bad_checkpoint_dir"
+            text = f"cannot make the checkpoint directory {rank.checkpoint_dir!r} on this node: "
+            if number == errno.ELOOP:
+                text += "it is a link, and checkpoints stay below RM_CHECKPOINT_ROOT: remove it."
+            else:
+                text += f"{why}. RM_CHECKPOINT_ROOT has to be a directory that every node can write to."
         case "kill":
             kind = "stuck"
             text = (

@@ -23,6 +23,7 @@ from rm.runtime.links import Link
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
+from rm.runtime.workspace import Spare
 from rm.runtime.xid_watch import XidWatch
 
 log = logging.getLogger("rm.runner")
@@ -49,6 +50,7 @@ class Runner:
         self._xids = XidWatch(self._gpu_ids)
         self._store = Link("store")
         self._allocator = Link("allocator")
+        self._spare = Spare()
 
     async def seat(self) -> Seat:
         """Where this runner is, and a port that is free there now."""
@@ -108,7 +110,9 @@ class Runner:
     def _run(self, key: str) -> BundleRun:
         run = self._runs.get(key)
         if run is None:
-            run = BundleRun(self._nursery, self._preloading, self._xids, self._store, self._allocator)
+            run = BundleRun(
+                self._nursery, self._preloading, self._xids, self._store, self._allocator, self._spare
+            )
             self._runs[key] = run
         return run
 

@@ -1,17 +1,20 @@
 """What a bundle's processes find around them: a scratch directory, their code, their environment.
 
-No Ray here: the runner fetches the blobs and hands them in. The scratch directory is removed when the run ends;
-if the runner is killed before that, the next run that ends on the node removes it (`clear_stale`).
+No Ray here: the runner fetches the blobs and hands them in. The scratch directory is removed when the run ends, or
+emptied for the runner's next one (`Spare`); if the runner is killed before that, its keeper removes it, or a later run
+on the node (`clear_stale`).
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -20,8 +23,18 @@ from rm.errors import ClusterError
 from rm.plain import plain
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import ATTEMPT_KEY, RankProcess
+from rm.runtime.simple_commands import without_shell
 
 OWNER_FILE = "runner.pid"
+WORK = "work"
+EMPTIED_BYTES = 1 << 20
+"""A file that is longer is removed in a thread."""
+_LOG = re.compile(r"rank-[0-9]+\.(out|err)")
+_OURS = ("payload.pkl", "result.pkl", "report-", "stop")
+STALE_LOOK_S = 10.0
+"""Between two looks of a runner for what others have left."""
+_HOME = Path(__file__).resolve().parents[2]
+_SHIPPED = not {"site-packages", "dist-packages"}.intersection(_HOME.parts)
 _RAY_WORKER_VARIABLES = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_CLIENT_MODE", "RAY_LD_PRELOAD_ON_WORKERS",
                          "RAY_JOB_CONFIG_JSON_ENV_VAR")  # fmt: skip
 """Set by Ray for its own worker. A training script that starts Ray itself must not inherit them."""
@@ -31,34 +44,127 @@ def scratch_root() -> Path:
     return Path(tempfile.gettempdir()) / f"ray-rm-{os.getuid()}"
 
 
+class Spare:
+    """A runner's scratch directory that is empty at present, with the empty logs of the last attempt.
+
+    Files and directories that are made and removed again and again are among the slowest things that a runner does: a
+    file system looks long for a number that was not in use a moment ago.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+
+    def take(self, path: Path) -> bool:
+        """Make it the directory `path`. False where there is none."""
+        spare, self._path = self._path, None
+        if spare is None:
+            return False
+        try:
+            spare.rename(path)
+        except OSError:
+            shutil.rmtree(spare, ignore_errors=True)
+            return False
+        return True
+
+    def keep(self, path: Path) -> bool:
+        """Empty the directory `path` and keep it. False where it has to be removed: one is enough, or it holds more.
+
+        Nobody may be left who could write there.
+        """
+        if self._path is not None:
+            return False
+        spare = spare_path(path.parent)
+        try:
+            if not _emptied(path):
+                return False
+            path.rename(spare)
+        except OSError:
+            return False
+        self._path = spare
+        return True
+
+
+def spare_path(root: Path) -> Path:
+    """Where this process keeps its spare."""
+    return root / f"spare-{os.getpid()}"
+
+
+def _emptied(path: Path) -> bool:
+    """Empty an attempt's logs, and remove the small files of ours. False where there is anything else, or much."""
+    logs, others = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            found = entry.stat(follow_symlinks=False)
+            if found.st_uid != os.getuid():
+                return False
+            if entry.name == WORK:
+                if found.st_mode != stat.S_IFDIR | 0o700 or os.listdir(entry.path):  # noqa: PTH208 - names will do
+                    return False
+                continue
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > EMPTIED_BYTES:
+                return False
+            if _LOG.fullmatch(entry.name):
+                if found.st_mode & ~(stat.S_IFREG | 0o644):
+                    return False
+                logs.append((entry.path, found.st_size))
+            elif entry.name.startswith(_OURS):
+                others.append(entry.path)
+            elif entry.name != OWNER_FILE:
+                return False
+    for log, size in logs:
+        if size:
+            os.truncate(log, 0)
+    for other in others:
+        os.unlink(other)  # noqa: PTH108 - as above
+    return True
+
+
 class Workspace:
     """The files of one bundle of one attempt on one node."""
 
-    def __init__(self, order: RunOrder, root: Path | None = None) -> None:
+    _look_at = 0.0
+    """When this process looks again for what others have left: for each attempt it would take too long."""
+
+    def __init__(self, order: RunOrder, root: Path | None = None, spare: Spare | None = None) -> None:
         self.order = order
+        self._spare = spare or Spare()
         self.path = (root or scratch_root()) / order.key
         self.stop_file = self.path / "stop"
         self.payload = self.path / "payload.pkl"
         self.result = self.path / "result.pkl"
-        self._code = self.path / "work"
+        self._code = self.path / WORK
 
     def create(self, payload: bytes | None, working_dir: bytes | None) -> None:
         """Lay the files out. Raises ClusterError where this node can't give what was asked."""
         require_own(self.path.parent)
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._code.mkdir(parents=True, mode=0o700)
-        (self.path / OWNER_FILE).write_text(str(os.getpid()))
+        if not self._spare.take(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._code.mkdir(parents=True, mode=0o700)
+            (self.path / OWNER_FILE).write_text(str(os.getpid()))
         if payload is not None:
             self.payload.write_bytes(payload)
         if working_dir is not None:
             unpack(working_dir, self._code)
-        _make_checkpoint_dir(Path(self.order.checkpoint_dir))
+
+    @property
+    def left_behind(self) -> tuple[str, str]:
+        """The directories that somebody has to remove where this process dies before it can."""
+        return str(self.path), str(spare_path(self.path.parent))
+
+    def give_back(self) -> bool:
+        """Empty it for the next, where that takes no time. False: it has to be removed."""
+        return self._spare.keep(self.path)
 
     def remove(self) -> None:
-        """Remove it, and what runners that were killed have left beside it."""
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-            clear_stale(self.path.parent)
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def is_look_due(self) -> bool:
+        """Whether it is time for `clear_stale` again. Says so once for each time."""
+        if time.monotonic() < Workspace._look_at:
+            return False
+        Workspace._look_at = time.monotonic() + STALE_LOOK_S
+        return True
 
     def ask_to_stop(self) -> None:
         """Make `rm.should_stop()` true for every rank."""
@@ -87,18 +193,21 @@ class Workspace:
         return self.path / f"report-{rank}.json"
 
     def processes(self) -> list[RankProcess]:
-        order, cwd = self.order, self.directory()
+        order, cwd, argv = self.order, self.directory(), self._argv()
+        envs = [self._environment(local, cwd) for local in range(order.local_world)]
         return [
             RankProcess(
                 rank=order.first_rank + local,
-                argv=self._argv(),
-                env=self._environment(local, cwd),
+                argv=argv,
+                env=env,
                 cwd=cwd,
                 stdout=str(self.log_path(order.first_rank + local, "out")),
                 stderr=str(self.log_path(order.first_rank + local, "err")),
                 entry=(str(self.payload), str(self.result)) if order.kind is Kind.FUNCTION else None,
+                direct=without_shell(argv, env),
+                checkpoint_dir=order.checkpoint_dir,
             )
-            for local in range(order.local_world)
+            for local, env in enumerate(envs)
         ]
 
     def _argv(self) -> tuple[str, ...]:
@@ -166,15 +275,6 @@ def unpack(archive: bytes, into: Path) -> None:
                 target.chmod(mode | 0o600)
 
 
-def _make_checkpoint_dir(path: Path) -> None:
-    """On a shared disk others may have been there first: a link would lead the job's files out of its directory."""
-    path.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        raise ClusterError(
-            f"the checkpoint directory {path} is a link, and checkpoints stay below RM_CHECKPOINT_ROOT: remove it"
-        )
-
-
 def require_own(root: Path) -> None:
     """Make the directory, and be sure that it is ours. Raises ClusterError."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -207,7 +307,4 @@ def _threads(order: RunOrder) -> int | None:
 
 def _own_code(cwd: str) -> str:
     """The directory to import `rm` from, where it is not installed but was shipped; else ''."""
-    home = Path(__file__).resolve().parents[2]
-    if "site-packages" in home.parts or "dist-packages" in home.parts or str(home) == cwd:
-        return ""
-    return str(home)
+    return str(_HOME) if _SHIPPED and str(_HOME) != cwd else ""

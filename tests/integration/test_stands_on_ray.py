@@ -49,6 +49,23 @@ def test_the_next_of_the_kind_takes_over_group_and_runner_and_nothing_of_the_job
     assert warm[0].free_gpus == 8, "what is warm is free"
 
 
+def test_whatever_ran_there_before_a_log_is_the_jobs_own_and_its_directory_empty(client) -> None:
+    work = "$(dirname $RM_REPORT_FILE)/work"
+    leave, look = f"seq 100 >&2; touch {work}/left", f"ls -A {work} && echo empty"
+    lines = ["seq 5000", "echo short", leave, look, "seq 300"]
+    jobs: list[Any] = []
+    for line in lines:
+        jobs.append(client.submit(line, **HERE, after=[job.id for job in jobs[-1:]]))
+    for job in jobs:
+        ended(job)
+    assert len({stand_of(job) for job in jobs}) == 1
+    assert jobs[0].logs().split() == [str(n) for n in range(1, 5001)]
+    assert jobs[1].logs() == "short\n"
+    assert jobs[2].logs().split() == [str(n) for n in range(1, 101)]
+    assert jobs[3].logs() == "empty\n"
+    assert jobs[4].logs().split() == [str(n) for n in range(1, 301)]
+
+
 def test_another_shape_and_a_lease_do_not(client) -> None:
     first = client.submit("true", **HERE)
     ended(first)

@@ -152,6 +152,36 @@ def test_what_cannot_start_says_what_to_fix(
     assert outcome.first_failed == 3
 
 
+def test_the_checkpoint_directory_is_there_before_user_code(attempt: Any) -> None:
+    there = attempt.folder / "root" / "abc" / "j1"
+    look = attempt.rank(0, "test", "-d", str(there), checkpoint_dir=str(there))
+    assert run(attempt, look, attempt.rank(1, "true", checkpoint_dir=str(there))).first_failed is None
+    assert run(attempt, look).first_failed is None, "it may be there already"
+
+
+def test_the_root_of_checkpoints_may_be_a_link_and_a_jobs_directory_may_not(attempt: Any) -> None:
+    (attempt.folder / "disk").mkdir()
+    root = attempt.folder / "root"
+    root.symlink_to(attempt.folder / "disk")
+    assert run(attempt, attempt.rank(0, "true", checkpoint_dir=str(root / "j1"))).first_failed is None
+    assert (attempt.folder / "disk" / "j1").is_dir()
+    (root / "j2").symlink_to(attempt.folder)
+    (end,) = run(attempt, attempt.rank(0, "touch", "ran", checkpoint_dir=str(root / "j2"))).exits
+    assert end.error_kind == "bad_checkpoint_dir"
+    assert end.error is not None
+    assert "is a link" in end.error
+    assert not (attempt.folder / "ran").exists()
+
+
+def test_a_checkpoint_directory_that_cannot_be_made_says_what_to_fix(attempt: Any) -> None:
+    (attempt.folder / "file").touch()
+    (end,) = run(attempt, attempt.rank(0, "true", checkpoint_dir=str(attempt.folder / "file" / "j1"))).exits
+    assert end.error_kind == "bad_checkpoint_dir"
+    assert end.error is not None
+    assert "Not a directory" in end.error
+    assert "RM_CHECKPOINT_ROOT" in end.error
+
+
 def test_a_rank_that_cannot_start_takes_its_gang_along(attempt: Any) -> None:
     outcome = run(attempt, attempt.rank(0, "sleep", "1000"), attempt.rank(1, "no-such-command"))
     assert outcome.first_failed == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,23 +101,3 @@ def test_another_users_scratch_is_refused(tmp_path: Path, order: RunOrder) -> No
     os.chown(tmp_path / "scratch", 12345, -1)
     with pytest.raises(ClusterError, match="another user's"):
         Workspace(order, tmp_path / "scratch").create(None, None)
-
-
-def test_a_checkpoint_directory_that_is_a_link_is_refused(tmp_path: Path, order: RunOrder) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    link = Path(order.checkpoint_dir)
-    link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ClusterError, match="is a link"):
-        Workspace(order, tmp_path / "scratch").create(None, None)
-    link.unlink()
-    Workspace(order, tmp_path / "scratch").create(None, None)
-    assert link.is_dir()
-
-
-def test_the_root_of_checkpoints_may_be_a_link(tmp_path: Path, order: RunOrder) -> None:
-    (tmp_path / "big-disk").mkdir()
-    (tmp_path / "root").symlink_to(tmp_path / "big-disk")
-    there = replace(order, checkpoint_dir=str(tmp_path / "root" / "abc" / "j1"))
-    Workspace(there, tmp_path / "scratch").create(None, None)
-    assert (tmp_path / "big-disk" / "abc" / "j1").is_dir()
