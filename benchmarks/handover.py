@@ -4,9 +4,10 @@
 
 A Ray of its own: one node with 8 logical GPUs. The jobs are commands that print the time; what is measured is between
 what one job prints last and what the next prints first, so it holds the end of a process and the start of another, the
-ledger's commits, and all messages in between. Functions import torch and say when they have it. Bare Ray does the same
-with a placement group, a task in it, and the group's removal; its rate is that of a task per job in a group per job, 8
-at a time. Needs torch and no GPU; touches no other Ray.
+ledger's commits, and all messages in between. It is measured twice: by the clock of bash, which is the user's process,
+and by `date`, where one more program ends and another starts. Functions import torch and say when they have it. Bare
+Ray does the same with a placement group, a task in it, and the group's removal; its rate is that of a task per job in a
+group per job, 8 at a time. Needs torch and no GPU; touches no other Ray.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 STAMP = "date +%s.%N"
+OWN_STAMP = "echo $EPOCHREALTIME"
+"""The time by bash itself, which is what runs the line: no program is started to tell it."""
 GPUS = 8
 BARE = 10
 """So many times bare Ray does it: it takes seconds each."""
@@ -89,7 +92,8 @@ def measure(home: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         client = rm.connect(cluster.address, config=config)
         client.submit("true", num_gpus=GPUS).wait(120)
-        full = between_jobs(client, options.jobs)
+        full = between_jobs(client, options.jobs, OWN_STAMP)
+        dated = between_jobs(client, options.jobs, STAMP)
         idle = from_submission(client, options.jobs)
         functions = from_submission_of_a_function(client, options.jobs)
         single, many = submissions(client, options.submissions)
@@ -102,6 +106,7 @@ def measure(home: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         bare_rate = bare_burst()
         return [
             row("a job ends → the next one's first line, full cluster", full, bare_gaps, 15),
+            row("the same, where the lines are `date`", dated, bare_gaps, 15),
             row("submit → first line, idle cluster, command", idle, bare_starts, 30),
             row("submit → torch imported, idle cluster, function", functions, bare_functions, 80),
             rate(f"no-op jobs on {GPUS} GPUs, {options.burst} at once", alone, 140, bare_rate),
@@ -114,9 +119,9 @@ def measure(home: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         cluster.shutdown()
 
 
-def between_jobs(client: Any, count: int) -> list[float]:
+def between_jobs(client: Any, count: int, stamp: str) -> list[float]:
     """Seconds between jobs that each need all GPUs and are all submitted before the first ends."""
-    jobs = client.submit_many([{"entry": f"{STAMP}; sleep 0.2; {STAMP}", "num_gpus": GPUS}] * count)
+    jobs = client.submit_many([{"entry": f"{stamp}; sleep 0.2; {stamp}", "num_gpus": GPUS}] * count)
     for job in jobs:
         job.wait(120)
     times = [[float(each) for each in job.logs().split()] for job in jobs]
