@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from rm.core.backfill import Reservation, needs, still_good
+from rm.core.backfill import still_good
 from rm.core.cycle import Notes
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
@@ -34,6 +34,7 @@ from rm.core.events import (
 )
 from rm.core.model import Gang, Job, Kind, Outcome, Status, StopCause, Strategy, Stray
 from rm.core.policy import Policy
+from rm.core.reservations import Reservation, needs
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Bundle, gpu_units
 from rm.core.scaleup import cuts, decide
 from rm.core.state import ClusterState

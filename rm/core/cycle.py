@@ -29,15 +29,7 @@ from itertools import chain
 from math import inf
 from typing import Self
 
-from rm.core.backfill import (
-    Promised,
-    Reservation,
-    class_ids,
-    end_if_started,
-    lives,
-    reserve,
-    still_good,
-)
+from rm.core.backfill import reserve, still_good
 from rm.core.books import START_S
 from rm.core.boots import Boots
 from rm.core.events import AvailabilityChecked, JobAdmitted, StopRequested
@@ -52,6 +44,7 @@ from rm.core.placement import feasible, may_fit, place_elastic
 from rm.core.policy import Backfill, Order
 from rm.core.quota import UNLIMITED
 from rm.core.reasons import Reason
+from rm.core.reservations import Promised, Reservation, class_ids, end_if_started, lives
 from rm.core.searches import AGAIN_S, Failures, Searches
 from rm.core.state import ClusterState
 from rm.core.transit import Transit, fitting

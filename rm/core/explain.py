@@ -12,7 +12,6 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rm.core import reasons
-from rm.core.backfill import Reservation, class_ids, end_if_started
 from rm.core.capacity import NodeClass, matches, usable
 from rm.core.launches import LaunchFailure
 from rm.core.model import Gang, Job
@@ -20,6 +19,7 @@ from rm.core.options import Option
 from rm.core.placement import feasible, place
 from rm.core.preemption import has_a_right
 from rm.core.reasons import Reason
+from rm.core.reservations import Reservation, class_ids, end_if_started
 from rm.core.resources import GPU_UNIT, NOTHING, Bundle, gpu_count, gpus_in_words
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
-from rm.core.backfill import Promised, Reservation, Taken, class_ids, end_if_started, hold
 from rm.core.capacity import NodeClass
 from rm.core.model import Attempt, Job, Phase, PlacedBundle
+from rm.core.reservations import Promised, Reservation, Taken, class_ids, end_if_started, hold
 from rm.core.resources import NOTHING, Amount
 from rm.core.state import ClusterState
 

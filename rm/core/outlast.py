@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rm.core.backfill import Fresh, Promised, Reservation, class_ids, coming, needs
+from rm.core.backfill import Fresh
 from rm.core.capacity import NodeClass, copies_in, usable
 from rm.core.model import Attempt, Gang, Job, Node, StopCause, Strategy
 from rm.core.preemption import AT_ONCE_S, Eviction
 from rm.core.relief import Relief
+from rm.core.reservations import Promised, Reservation, class_ids, coming, needs
 from rm.core.resources import GPU_UNIT, NOTHING, Amount, Devices
 from rm.core.state import ClusterState
 from rm.core.transit import attempt_of

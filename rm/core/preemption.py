@@ -22,7 +22,6 @@ from heapq import merge
 from itertools import chain, islice
 from math import inf
 
-from rm.core.backfill import Promised, Reservation, class_ids, coming, needs
 from rm.core.capacity import NodeClass
 from rm.core.fairshare import soon
 from rm.core.model import Attempt, Job, StopCause
@@ -30,6 +29,7 @@ from rm.core.pending import ONE_NAME
 from rm.core.policy import Order, Reclaim
 from rm.core.records import replace
 from rm.core.relief import Relief
+from rm.core.reservations import Promised, Reservation, class_ids, coming, needs
 from rm.core.resources import GPU_UNIT
 from rm.core.state import ClusterState
 from rm.core.transit import attempt_of, quota_back

@@ -25,7 +25,6 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rm.core.backfill import Reservation
 from rm.core.capacity import Capacity, NodeClass, usable
 from rm.core.cycle import Cycle, Plan
 from rm.core.events import GangCut, JobAdmitted
@@ -34,6 +33,7 @@ from rm.core.model import Gang, Job, Node, NodeShape, PlacedBundle
 from rm.core.options import Option
 from rm.core.placement import empty_node, place_elastic
 from rm.core.records import replace
+from rm.core.reservations import Reservation
 from rm.core.resources import GPU_UNIT, NOTHING, Amount
 from rm.core.shapes import recut
 from rm.core.state import ClusterState

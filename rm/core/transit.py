@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from rm.core.backfill import Promised, Reservation, claimed, class_ids, coming, needs, still_coming
+from rm.core.backfill import still_coming
 from rm.core.keeping import Kept
 from rm.core.model import Attempt, Job
 from rm.core.options import Option
 from rm.core.placement import may_fit
 from rm.core.records import replace
 from rm.core.relief import Relief
+from rm.core.reservations import Promised, Reservation, claimed, class_ids, coming, needs
 from rm.core.state import ClusterState
 
 NOBODY = ""

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from rm.core.backfill import Fresh, Promised, reserve
+from rm.core.backfill import Fresh, reserve
 from rm.core.cycle import schedule
 from rm.core.events import (
     JobAdmitted,
@@ -23,6 +23,7 @@ from rm.core.events import (
 from rm.core.model import Attempt, Gang, Job, Kind, Outcome, Phase, Status, Strategy
 from rm.core.placement import place
 from rm.core.policy import Policy
+from rm.core.reservations import Promised
 from rm.core.resources import GPU_UNIT, Amount, Bundle, gpu_units
 from rm.core.state import ClusterState
 

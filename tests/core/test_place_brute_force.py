@@ -9,13 +9,14 @@ from math import inf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rm.core.backfill import Promised, reserve
+from rm.core.backfill import reserve
 from rm.core.capacity import Capacity, usable
 from rm.core.events import CheckpointReported, PlacementReady, RunStarted
 from rm.core.model import Gang, Job, Node, StopCause, Strategy
 from rm.core.placement import place, place_elastic
 from rm.core.policy import ANY, Backfill, Policy, Preempt, QueuePolicy
 from rm.core.preemption import Victims
+from rm.core.reservations import Promised
 from rm.core.resources import GPU_UNIT, Bundle, Devices
 from rm.testing import Behaviour, FakeCluster
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from rm.core.backfill import needs
 from rm.core.effects import Effect, Release, Reserve, Run, Stop
 from rm.core.events import (
     CheckpointReported,
@@ -43,6 +42,7 @@ from rm.core.events import (
 from rm.core.gittins import Remaining
 from rm.core.model import GPU_TYPE, Attempt, Gang, Job, Kind, NodeShape, Outcome, Status, StopCause, Strategy
 from rm.core.policy import ANY, Backfill, Order, Policy, Preempt, QueuePolicy, Reclaim
+from rm.core.reservations import needs
 from rm.core.resources import GPU_UNIT, Bundle, gpu_units
 from rm.core.shapes import Request, resolve
 from rm.spec import PRIORITY_NAMES

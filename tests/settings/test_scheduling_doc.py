@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rm import tables
 from rm.core import reasons
-from rm.core.backfill import START_S
+from rm.core.books import START_S
 from rm.core.cycle import why
 from rm.core.events import CheckpointReported, JobAdmitted, StopRequested
 from rm.core.fairshare import Usage
