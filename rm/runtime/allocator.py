@@ -280,12 +280,15 @@ class Allocator:
         live = {
             attempt_key(job.id, job.attempt.number) for job in self._writer.state.jobs.values() if job.attempt
         }
-        for attempt in self._placements.attempts() - live:
+
+        async def remove(attempt: str) -> None:
             log.warning("removing the group of %s: the ledger knows no such live attempt", attempt)
             handle = self._placements.handle(attempt)
             bundles = len(handle.bundle_specs) if handle else 1
             await runners.kill(attempt, bundles)
             await self._placements.remove(attempt)
+
+        await asyncio.gather(*map(remove, self._placements.attempts() - live))
 
     async def _listen_for_holders(self) -> None:
         while True:

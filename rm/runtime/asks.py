@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from rm.core.launches import NOTHING_WANTED, Ask, Wanted
 from rm.core.resources import GPU_UNIT
 from rm.runtime.autoscaler import LaunchType
-from rm.runtime.group_removal import remove_group
+from rm.runtime.group_removal import all_of, remove_group
 from rm.runtime.nodes import Seen
 
 log = logging.getLogger("rm.asks")
@@ -108,9 +108,7 @@ class Asks:
                     missing[group.spec] -= 1
                 else:
                     over.append(group_id)
-            async with asyncio.TaskGroup() as removing:
-                for group_id in over:
-                    removing.create_task(self._remove(group_id))
+            await all_of(map(self._remove, over))
             for group_id in list(self._gone):
                 if not any(group_id in node.groups for node in seen.nodes.values()):
                     del self._gone[group_id]

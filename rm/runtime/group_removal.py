@@ -13,9 +13,10 @@ words, to give back what they may have set aside. They ignore what they don't kn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection, Iterable
 from typing import Any
 
 import grpc
@@ -50,14 +51,25 @@ async def remove_group(group: PlacementGroup, *, committed: bool = False) -> Non
         await asyncio.to_thread(take_back, group.id.binary(), bundles)
 
 
+async def all_of(removals: Iterable[Awaitable[object]]) -> None:
+    """Wait for all, at once. Raises what went wrong first when all have been tried: none is given up for another."""
+    for each in await asyncio.gather(*removals, return_exceptions=True):
+        if isinstance(each, BaseException):
+            raise each
+
+
 async def _uncommitted(group: PlacementGroup) -> Collection[int]:
-    """Look until the group is made or waits. Returns the indexes of its bundles, none where it is made or gone."""
+    """Look until the group is made, waits, or is gone. Returns the indexes of its bundles, none where it is made.
+
+    One that is removed already may have been so by a call of ours that came no further.
+    """
     deadline, pause_s = time.monotonic() + SETTLES_S, _FIRST_LOOK_S
     while True:
         entry: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
-        if not entry or entry["state"] in ("CREATED", "REMOVED"):
+        if not entry or entry["state"] == "CREATED":
             return ()
-        if entry["stats"]["scheduling_state"] in _WAITS or time.monotonic() > deadline:
+        over = entry["state"] == "REMOVED" or entry["stats"]["scheduling_state"] in _WAITS
+        if over or time.monotonic() > deadline:
             return tuple(entry["bundles"])
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LOOK_S)
@@ -66,20 +78,24 @@ async def _uncommitted(group: PlacementGroup) -> Collection[int]:
 def take_back(group_id: bytes, bundles: Collection[int]) -> None:
     """Tell every live node to give back what it has set aside for these bundles of a removed group. Blocks.
 
-    A node that can't be asked is logged: it is on its way out, or its GPUs show as used by others from now on.
+    All nodes are asked at once, and NODE_S is the most that it takes. One that can't be asked is logged: it is on its
+    way out, or its GPUs show as used by others from now on.
     """
     request = RemovePlacementGroupBundlesRequest(placement_group_id=group_id)
     for index in bundles:
         bundle = request.bundle_specs.add().bundle_id
         bundle.placement_group_id, bundle.bundle_index = group_id, index
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-        try:
-            with init_grpc_channel(address) as channel:
-                NodeManagerServiceStub(channel).RemovePlacementGroupBundles(request, timeout=NODE_S)
-        except grpc.RpcError:
-            log.warning(
-                "node %s was not told that group %s is removed", address, group_id.hex(), exc_info=True
-            )
+    with contextlib.ExitStack() as channels:
+        asked = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+                stub = NodeManagerServiceStub(channels.enter_context(init_grpc_channel(address)))
+                asked.append((address, stub.RemovePlacementGroupBundles.future(request, timeout=NODE_S)))
+        for address, answer in asked:
+            try:
+                answer.result()
+            except grpc.RpcError:
+                log.warning(
+                    "%s was not told that group %s is removed", address, group_id.hex(), exc_info=True
+                )

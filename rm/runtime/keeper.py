@@ -23,7 +23,8 @@ Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemoni
 to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
 
 JSON lines in: first {"attempt", "grace_s", "scratch", "stay", "procs": [a `processes.RankProcess` each]},
-then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died: kill at once.
+then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died, or, after {"do": "leave"},
+that it needs this keeper no more: kill at once.
 JSON lines out: ready (or unborn), started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
 words them.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 ATTEMPT_KEY = "RM_ATTEMPT_KEY"  # the environment variable that marks every process of an attempt
 IDLE_NAME = b"rm-keeper"  # as ps shows a keeper that has no attempt at present
+RUNNER_ENDS_S = 1.0
 REAP_LIMIT_S = 10.0  # how long a SIGKILLed process may take to die before it is reported as stuck
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -315,6 +317,31 @@ class Rank:
             pass  # the whole group has changed its user; kill_descendants will meet the same limit
 
 
+class Runner:
+    """The process that all this is done for: whether it lives, which an end of its lines does not tell."""
+
+    def __init__(self) -> None:
+        """Made by its child."""
+        self.process = read_process(os.getppid())
+        try:
+            self.pidfd = os.pidfd_open(
+                os.getppid()
+            )  # tells of its death even if a fork of it holds our input open
+        except (OSError, AttributeError):
+            self.pidfd = -1
+
+    def is_gone(self) -> bool:
+        """Whether it has died, or does so within RUNNER_ENDS_S: its files are closed a moment before."""
+        if self.process is None:
+            return False
+        give_up = time.monotonic() + RUNNER_ENDS_S
+        while lives_on(self.process):
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(0.005)
+        return True
+
+
 class Keeper:
     """The event loop: one thread, woken by the runner's lines, by signals and by reports of exec.
 
@@ -323,7 +350,8 @@ class Keeper:
     stuck in the kernel.
     """
 
-    def __init__(self, runner: int) -> None:
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
         self.forget()
         self.scratch: list[
             str
@@ -332,6 +360,7 @@ class Keeper:
         self.orphaned = False
         self.leaving = False  # asked to end by a signal
         self.inbox = b""
+        self.heard_all = False
         self.wake, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
@@ -344,9 +373,9 @@ class Keeper:
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         self.poll.register(0, select.POLLIN)
-        self.lifelines = {1, runner} - {-1}  # these say nothing but that the runner is gone
+        self.lifelines = {1, runner.pidfd} - {-1}  # these say nothing but that the runner is gone
         for fd in self.lifelines:
-            self.poll.register(fd, select.POLLIN if fd == runner else 0)
+            self.poll.register(fd, select.POLLIN if fd == runner.pidfd else 0)
 
     def forget(self) -> None:
         """As before any order."""
@@ -389,7 +418,7 @@ class Keeper:
             if rank.running:
                 rank.error = {"step": "kill", "errno": 0}
                 self.emit_exit(rank, None, None)
-        if self.orphaned and self.scratch:
+        if self.orphaned and self.scratch and self.may_remove():
             import shutil  # slow to import, and seldom needed
 
             for directory in self.scratch:
@@ -404,6 +433,12 @@ class Keeper:
         waits = self.stay and subreaper and not unfit
         self.emit(done | {"waits": True} if waits else done)
         return waits
+
+    def may_remove(self) -> bool:
+        """Whether nobody else will remove the directories: a living runner may have given them to an attempt."""
+        while not self.heard_all and select.select([0], [], [], 0)[0]:
+            self.on_input()  # it said that it leaves before it did
+        return bool(self.scratch) and self.runner.is_gone()
 
     def is_over(self) -> bool:
         """Whether only killing is left to do."""
@@ -431,13 +466,15 @@ class Keeper:
         except OSError:
             got = b""
         if not got:
-            self.orphaned = True
+            self.heard_all = self.orphaned = True
             self.kill()
         *lines, self.inbox = (self.inbox + got).split(b"\n")
         for line in lines:
             message = json.loads(line)
             if "procs" in message:
                 self.start(message)
+            elif message["do"] == "leave":
+                self.scratch = []
             elif message.get("attempt", self.attempt) != self.attempt:
                 continue
             elif message["do"] == "stop":
@@ -578,8 +615,8 @@ def guard(keeper: int) -> None:
         pass  # the runner is gone as well
 
 
-def attend(runner: int) -> NoReturn:
-    """Become guard and keeper of one attempt, input and output being 0 and 1. `runner`: a pidfd of it, or -1."""
+def attend(runner: Runner) -> NoReturn:
+    """Become guard and keeper of one attempt, input and output being 0 and 1."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, children would vanish unreaped
     os.setsid()  # out of the runner's session: what is sent to its terminal or its group is not for us
@@ -592,7 +629,7 @@ def attend(runner: int) -> NoReturn:
     os._exit(0)  # nothing is buffered; tearing the interpreter down would only delay the next job
 
 
-def nursery(runner: int) -> NoReturn:
+def nursery(runner: Runner) -> NoReturn:
     """Fork a guard for each attempt that the runner names on the socket 0. With the name come its input and output.
 
     Ends with the runner, whose end of the socket nobody else has. A guard that can't be forked is told of in that
@@ -630,10 +667,7 @@ def main(*, as_nursery: bool) -> NoReturn:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # it was inherited closed: no later file may land on 0, 1 or 2
     os.close(spare)
-    try:
-        runner = os.pidfd_open(os.getppid())  # tells of its death even if a fork of it holds our input open
-    except (OSError, AttributeError):
-        runner = -1
+    runner = Runner()
     if as_nursery:
         nursery(runner)
     attend(runner)

@@ -18,6 +18,7 @@ from rm.runtime import keeper
 
 KEEPER = Path(keeper.__file__)
 LINE_LIMIT_BYTES = 1 << 20
+LEAVE = b'{"do": "leave"}\n'
 
 
 class Talk:
@@ -60,9 +61,10 @@ class Talk:
             self._transport.write(line)
 
     def close(self) -> None:
-        """Neither hear nor tell any more. While it lives it takes this for our death, kills all, and ends."""
-        self._writer.close()
+        """Neither hear nor tell any more. While it lives it kills all, and ends."""
+        self.tell(LEAVE)  # else it would take this for our death, and remove what is ours
         self._transport.close()
+        self._writer.close()
 
 
 class Nursery:

@@ -19,6 +19,7 @@ done echo elif else enable esac eval exec exit export fc fg fi for function geto
 let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt source suspend test
 then time times trap type typeset ulimit umask unalias unset until wait while
 """
+_OPTIONS = ("BASH_ENV", "SHELLOPTS", "BASHOPTS", "BASH_COMPAT", "EXECIGNORE", "POSIXLY_CORRECT")
 _OF_BASH = frozenset(_BUILT_IN.split())
 """What bash does itself, as far as the programs of these names, if there are any, do it otherwise."""
 
@@ -35,10 +36,18 @@ def without_shell(command: tuple[str, ...], env: Mapping[str, str]) -> tuple[str
         return ()
     if words[0] in _OF_BASH or "=" in words[0] or words[0].startswith("%"):
         return ()
-    if "BASH_ENV" in env or any(name.startswith("BASH_FUNC_") for name in env):
+    if _told(env):
         return ()
     program = words[0] if words[0].startswith("/") else _found(words[0], env.get("PATH", os.defpath))
     return (program, *words) if program else ()
+
+
+def _told(env: Mapping[str, str]) -> bool:
+    """Whether the environment tells bash to do something first, or to do anything otherwise."""
+    if any(name in env for name in _OPTIONS) or any(name.startswith("BASH_FUNC_") for name in env):
+        return True
+    # As Debian builds it, bash reads ~/.bashrc where it thinks that sshd has started it.
+    return any(name in env for name in ("SSH_CLIENT", "SSH2_CLIENT")) and env.get("SHLVL", "0") == "0"
 
 
 def _found(name: str, path: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ray.util.placement_group import PlacementGroup, placement_group
 
-from rm.runtime.group_removal import remove_group
+from rm.runtime.group_removal import all_of, remove_group
 from rm.runtime.nodes import Seen
 
 log = logging.getLogger("rm.stays")
@@ -91,9 +91,7 @@ class Stays:
                 lost = seen.at > stay.since + LOOK_S and seen.lacks(group_id, stay.node_id)
                 if lost or stay.node_id not in self._wanted:
                     over.append(group_id)
-            async with asyncio.TaskGroup() as removing:
-                for group_id in over:
-                    removing.create_task(self._remove(group_id))
+            await all_of(map(self._remove, over))
             there = {stay.node_id for stay in self._stays.values()}
             for node_id in sorted(self._wanted - there):
                 await self._make(node_id, seen)

@@ -7,10 +7,12 @@ on the node (`clear_stale`).
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -90,33 +92,64 @@ def spare_path(root: Path) -> Path:
 
 
 def _emptied(path: Path) -> bool:
-    """Empty an attempt's logs, and remove the small files of ours. False where there is anything else, or much."""
-    logs, others = [], []
+    """Empty an attempt's logs, and remove small files of ours. False where it is not as it was made, or holds much."""
+    if not _is_private_directory(path.lstat()):
+        return False
+    missing, logs, others = {WORK, OWNER_FILE}, [], []
     with os.scandir(path) as entries:
         for entry in entries:
             found = entry.stat(follow_symlinks=False)
-            if found.st_uid != os.getuid():
-                return False
+            missing.discard(entry.name)
             if entry.name == WORK:
-                if found.st_mode != stat.S_IFDIR | 0o700 or os.listdir(entry.path):  # noqa: PTH208 - names will do
+                if not _is_private_directory(found) or os.listdir(entry.path):  # noqa: PTH208 - names will do
                     return False
                 continue
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > EMPTIED_BYTES:
+            ours = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.getuid()
+            if not ours or found.st_size > EMPTIED_BYTES:
                 return False
-            if _LOG.fullmatch(entry.name):
-                if found.st_mode & ~(stat.S_IFREG | 0o644):
+            if entry.name == OWNER_FILE:
+                if Path(entry.path).read_bytes() != _owner():
+                    return False
+            elif _LOG.fullmatch(entry.name):
+                if found.st_mode & 0o7133 or found.st_mode & 0o600 != 0o600 or _is_held(entry.path):
                     return False
                 logs.append((entry.path, found.st_size))
             elif entry.name.startswith(_OURS):
                 others.append(entry.path)
-            elif entry.name != OWNER_FILE:
+            else:
                 return False
+    if missing:
+        return False
     for log, size in logs:
         if size:
             os.truncate(log, 0)
     for other in others:
         os.unlink(other)  # noqa: PTH108 - as above
     return True
+
+
+def _is_private_directory(found: os.stat_result) -> bool:
+    return found.st_mode == stat.S_IFDIR | 0o700 and found.st_uid == os.getuid()
+
+
+def _is_held(log: str) -> bool:
+    """Whether somebody can still write to the file: the kernel grants no lease for reading then."""
+    handle = os.open(log, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(
+            handle, fcntl.F_SETSIG, signal.SIGURG
+        )  # who opens it this moment would have SIGIO sent, which kills
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return True  # or there are no leases here, and it can't be told
+    finally:
+        os.close(handle)
+    return False
+
+
+def _owner() -> bytes:
+    return str(os.getpid()).encode()
 
 
 class Workspace:
@@ -139,8 +172,9 @@ class Workspace:
         require_own(self.path.parent)
         if not self._spare.take(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
-            self._code.mkdir(parents=True, mode=0o700)
-            (self.path / OWNER_FILE).write_text(str(os.getpid()))
+            for directory in (self.path, self._code):
+                directory.mkdir(mode=0o700)
+            (self.path / OWNER_FILE).write_bytes(_owner())
         if payload is not None:
             self.payload.write_bytes(payload)
         if working_dir is not None:

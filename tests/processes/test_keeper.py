@@ -123,25 +123,6 @@ def test_one_that_waits_goes_with_its_runner(talk: Talk, attempt: Any) -> None:
     talk.process.stdin = None  # closed above
 
 
-@pytest.mark.parametrize("stay", [True, False])
-def test_what_the_runner_would_have_removed_goes_with_it(talk: Talk, attempt: Any, stay: bool) -> None:
-    """Also where it dies between two attempts."""
-    left = [attempt.folder / "scratch", attempt.folder / "spare"]
-    for each in left:
-        each.mkdir()
-        (each / "file").touch()
-    rank = attempt.rank(0, *(["true"] if stay else ["sleep", "1000"]))
-    talk.say(talk.order(rank) | {"scratch": [str(each) for each in left], "stay": stay})
-    assert talk.read()["event"] == "started"
-    if stay:
-        assert [talk.read()["event"] for _ in range(2)] == ["exited", "done"]
-        assert all(each.exists() for each in left), "the runner lives and does it itself"
-    talk.input.close()
-    assert talk.rest()[-1]["event"] == "done"
-    assert not any(each.exists() for each in left)
-    talk.process.stdin = None  # closed above
-
-
 def test_an_order_may_arrive_in_pieces(talk: Talk, attempt: Any) -> None:
     text = json.dumps(talk.order(attempt.rank(0, "true"))).encode() + b"\n"
     for start in range(0, len(text), 1 + len(text) // 7):

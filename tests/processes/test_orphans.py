@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rm.runtime import keeper, nursery, processes
-from rm.runtime.processes import LaunchOutcome, sweep
+from rm.runtime.processes import Launched, LaunchOutcome, sweep
 
 RUNNER = """
 import asyncio, json, sys, time
@@ -23,9 +24,11 @@ from rm.runtime.processes import Launched, RankProcess
 
 async def main():
     procs = [RankProcess(**{**each, "argv": tuple(each["argv"])}) for each in json.loads(sys.argv[1])]
-    launched = await Launched.start("t.1", procs, 60.0, Nursery())
+    launched = await Launched.start("t.1", procs, 60.0, Nursery(), json.loads(sys.argv[2]))
     print(json.dumps(launched.keeper_pids), flush=True)
     await launched.wait()
+    print("ended", flush=True)
+    await asyncio.sleep(1000)
 
 asyncio.run(main())
 """
@@ -118,7 +121,7 @@ def test_runner_killed(attempt: Any, also: int | None) -> None:
     ranks = [attempt.daemon(0, "time.sleep(1000)"), attempt.rank(1, "sleep", "1000")]
     order = json.dumps([asdict(rank) | {"env": {processes.ATTEMPT_KEY: attempt.key}} for rank in ranks])
     env = {name: value for name, value in attempt.env.items() if name != processes.ATTEMPT_KEY}
-    runner = subprocess.Popen([sys.executable, "-c", RUNNER, order], stdout=subprocess.PIPE, env=env)
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, order, "[]"], stdout=subprocess.PIPE, env=env)
     with runner:
         assert runner.stdout is not None
         pids = json.loads(runner.stdout.readline())
@@ -129,6 +132,63 @@ def test_runner_killed(attempt: Any, also: int | None) -> None:
         runner.kill()
         attempt.until(lambda: not attempt.alive(), 1.0)
     attempt.until(lambda: all(map(attempt.gone, pids)))
+
+
+def directories(attempt: Any) -> list[Path]:
+    """Those that are to go with the runner."""
+    found = [attempt.folder / "scratch", attempt.folder / "spare"]
+    for each in found:
+        each.mkdir()
+        (each / "file").touch()
+    return found
+
+
+@pytest.mark.parametrize("line", ["sleep 1000", "true"], ids=["during an attempt", "between two"])
+def test_the_directories_of_a_killed_runner_go_with_it(attempt: Any, line: str) -> None:
+    left = directories(attempt)
+    order = json.dumps([asdict(attempt.rank(0, "sh", "-c", line))])
+    env = {name: value for name, value in attempt.env.items() if name != processes.ATTEMPT_KEY}
+    command = [sys.executable, "-c", RUNNER, order, json.dumps([str(each) for each in left])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as runner:
+        assert runner.stdout is not None
+        pids = json.loads(runner.stdout.readline())
+        if line == "true":
+            assert runner.stdout.readline() == b"ended\n"
+        assert all(each.exists() for each in left), "as long as it lives it does so itself"
+        runner.kill()
+    attempt.until(lambda: all(map(attempt.gone, pids)))
+    assert not any(each.exists() for each in left)
+
+
+@pytest.mark.parametrize("when", ["during", "after", "by a signal"])
+def test_a_living_runners_directories_are_its_own_whoever_it_sends_away(attempt: Any, when: str) -> None:
+    """A keeper that is closed has its lines end, as if the runner died. Another attempt may have the directories."""
+    left = directories(attempt)
+
+    async def scenario() -> None:
+        await (await attempt.start([attempt.rank(9, "true")], 5.0)).wait()
+        rank = attempt.rank(0, "sleep", "0.3")
+        launched = await Launched.start("t.1", [rank], 5.0, attempt.nursery, list(map(str, left)))
+        pids = launched.keeper_pids
+        if when == "after":
+            await launched.wait()
+            attempt.nursery.close()
+        elif when == "during":
+            attempt.nursery.close()
+        else:
+            attempt.nursery._process.kill()
+        assert not (await launched.wait()).stuck
+        await asyncio.to_thread(attempt.until, lambda: all(map(attempt.gone, pids)))
+
+    asyncio.run(scenario())
+    assert all((each / "file").exists() for each in left)
+
+
+def test_without_a_word_of_leaving_it_is_the_runners_life_that_counts(
+    attempt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nursery, "LEAVE", b"")
+    test_a_living_runners_directories_are_its_own_whoever_it_sends_away(attempt, "after")
 
 
 def test_keeper_killed_and_the_guard_cleans_up(attempt: Any) -> None:

@@ -84,7 +84,13 @@ CHANGES: dict[str, Callable[[Workspace], object]] = {
     ),
     "a log with another name elsewhere": lambda each: os.link(each.log_path(0, "out"), each.path.parent / "mine"),
     "a log that can be executed": lambda each: each.log_path(0, "out").chmod(0o755),
+    "a log that its owner can't write": lambda each: each.log_path(0, "out").chmod(0o400),
     "a long log": _grow,
+    "no directory": lambda each: (each.path / "work").rmdir(),
+    "no owner": lambda each: (each.path / "runner.pid").unlink(),
+    "another owner": lambda each: (each.path / "runner.pid").write_text("1"),
+    "all of it closed": lambda each: each.path.chmod(0o500),
+    "all of it open": lambda each: each.path.chmod(0o755),
 }  # fmt: skip
 
 
@@ -101,6 +107,15 @@ def test_what_was_changed_in_any_other_way_is_nobody_elses(root: Path, change: s
     fresh = Workspace(order(2), root, spare)
     fresh.create(None, None)
     assert sorted(path.name for path in fresh.path.iterdir()) == ["runner.pid", "work"]
+
+
+def test_a_log_that_somebody_can_still_write_to_is_nobody_elses(root: Path) -> None:
+    """A process that has left the attempt's tree, with its output still where it was."""
+    workspace = used(root, Spare(), 1)
+    with workspace.log_path(0, "out").open("a"):
+        assert not workspace.give_back()
+    with workspace.log_path(0, "out").open("r"):
+        assert workspace.give_back(), "readers do no harm"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
