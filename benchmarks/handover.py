@@ -206,12 +206,11 @@ def poll(address: str) -> None:
 
 
 def burst(client: Any, count: int) -> float:
-    """Jobs per second from the first submission to the last end."""
-    began = time.monotonic()
+    """Jobs per second from the first submission to the last end. To ask for each one's end takes another second."""
+    began = time.time()
     jobs = client.submit_many([{"entry": "true", "num_gpus": 1}] * count)
-    for job in reversed(jobs):
-        job.wait(300)
-    return count / (time.monotonic() - began)
+    ends = [job.wait(300).ended_at for job in reversed(jobs)]
+    return count / (max(ends) - began)
 
 
 def run_command() -> tuple[float, float]:

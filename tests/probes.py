@@ -48,19 +48,15 @@ def assert_nothing_left(client: Any) -> None:
 
 
 def scratch(ledger_key: str) -> list[str]:
-    """The scratch directories of a ledger's attempts on this machine, and spare ones that nobody keeps any more.
+    """The scratch directories of a ledger's attempts on this machine. They go a moment after the attempt has ended."""
+    return [name for name in scratch_names() if name.startswith(ledger_key)]
 
-    They go a moment after the attempt, or the runner, has ended.
-    """
+
+def scratch_names() -> list[str]:
+    """All that there is on this machine, of whatever ledger or run."""
     from rm.runtime.workspace import scratch_root
 
-    names = [path.name for path in scratch_root().iterdir()] if scratch_root().exists() else []
-    return [name for name in names if name.startswith(ledger_key) or _is_left_spare(name)]
-
-
-def _is_left_spare(name: str) -> bool:
-    runner = name.removeprefix("spare-")
-    return runner != name and not Path(f"/proc/{runner}").exists()
+    return [path.name for path in scratch_root().iterdir()] if scratch_root().exists() else []
 
 
 def warm_groups(client: Any) -> set[str]:

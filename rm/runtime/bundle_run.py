@@ -147,7 +147,7 @@ class BundleRun:
         self._xids.take()  # what comes late from the one before
         attempt = f"{order.job_id}.{order.attempt}"
         self._launched = await Launched.start(
-            attempt, processes, order.grace_s, nursery, workspace.left_behind
+            attempt, processes, order.grace_s, nursery, [str(workspace.path)]
         )
         self._shipper = shipper
         self._started.set()

@@ -23,8 +23,8 @@ Where prctl fails (no Linux, a seccomp filter) ranks run all the same; a daemoni
 to init, `ready` says `"subreaper": false`, and `Launched` sweeps by environment mark at the end.
 
 JSON lines in: first {"attempt", "grace_s", "scratch", "stay", "procs": [a `processes.RankProcess` each]},
-then {"do": "stop", "grace_s"} or {"do": "kill"}. End of input means that the runner died, or, after {"do": "leave"},
-that it needs this keeper no more: kill at once.
+then {"do": "stop", "grace_s"} or {"do": "kill"}. {"do": "mind", "directories"}: what else to remove when the runner has
+died. End of input means that it has, or, after {"do": "leave"}, that it needs this keeper no more: kill at once.
 JSON lines out: ready (or unborn), started, exited, and last `done` (by the keeper) or `lost` (by the guard: the keeper
 was killed). `error` in exited is the step and the errno that kept user code from starting; `processes`
 words them.
@@ -353,9 +353,9 @@ class Keeper:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.forget()
-        self.scratch: list[
-            str
-        ] = []  # directories to remove if the runner does not live to do it, also when we wait
+        # Directories to remove if the runner does not live to do it, also while we wait: the last attempt's, others.
+        self.scratch: list[str] = []
+        self.minded: list[str] = []
         self.guard = os.getppid()
         self.orphaned = False
         self.leaving = False  # asked to end by a signal
@@ -418,10 +418,10 @@ class Keeper:
             if rank.running:
                 rank.error = {"step": "kill", "errno": 0}
                 self.emit_exit(rank, None, None)
-        if self.orphaned and self.scratch and self.may_remove():
+        if self.orphaned and self.may_remove():
             import shutil  # slow to import, and seldom needed
 
-            for directory in self.scratch:
+            for directory in [*self.scratch, *self.minded]:
                 shutil.rmtree(directory, ignore_errors=True)
         done = {
             "event": "done",
@@ -438,7 +438,7 @@ class Keeper:
         """Whether nobody else will remove the directories: a living runner may have given them to an attempt."""
         while not self.heard_all and select.select([0], [], [], 0)[0]:
             self.on_input()  # it said that it leaves before it did
-        return bool(self.scratch) and self.runner.is_gone()
+        return bool(self.scratch or self.minded) and self.runner.is_gone()
 
     def is_over(self) -> bool:
         """Whether only killing is left to do."""
@@ -474,7 +474,9 @@ class Keeper:
             if "procs" in message:
                 self.start(message)
             elif message["do"] == "leave":
-                self.scratch = []
+                self.scratch = self.minded = []
+            elif message["do"] == "mind":
+                self.minded = message["directories"]
             elif message.get("attempt", self.attempt) != self.attempt:
                 continue
             elif message["do"] == "stop":

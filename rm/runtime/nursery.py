@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -70,8 +71,14 @@ class Talk:
 class Nursery:
     """One process, and the socket on which it is asked. Used by one thread."""
 
-    def __init__(self, command: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
-        """`command`: what to start instead of a bare nursery; `env`: its environment, ours where there is none."""
+    def __init__(
+        self, command: Sequence[str] = (), env: dict[str, str] | None = None, *, minds: Sequence[str] = ()
+    ) -> None:
+        """`command`: what to start instead of a bare nursery; `env`: its environment, ours where there is none.
+
+        `minds`: directories that are to go where this process dies.
+        """
+        self._mind = json.dumps({"do": "mind", "directories": list(minds)}).encode() + b"\n"
         self._command = tuple(command)
         self._env = env
         self._process: subprocess.Popen[bytes] | None = None
@@ -151,10 +158,12 @@ class Nursery:
                 raise
         opening = asyncio.create_task(_open(hears, tells))
         try:
-            return await asyncio.shield(opening)
+            talk = await asyncio.shield(opening)
         except asyncio.CancelledError:
             (await opening).close()
             raise
+        talk.tell(self._mind)
+        return talk
 
     def _hand_in(self, attempt: str, told: socket.socket, says: socket.socket) -> None:
         self.start()

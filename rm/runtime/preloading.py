@@ -43,7 +43,9 @@ OWN = frozenset(
 class Preloading:
     """One runner's. Used by its event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, minds: Sequence[str] = ()) -> None:
+        """`minds`: as for `Nursery`."""
+        self._minds = minds
         self._nursery: Nursery | None = None
         self._env: dict[str, str] = {}
         self._modules: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class Preloading:
         self.close()
         self._env, self._modules = env, wanted
         command = (sys.executable, "-m", "rm.runtime.preloaded", *wanted)
-        self._nursery = Nursery(command, env | {MARK: "-" * (ROOM - 1)})
+        self._nursery = Nursery(command, env | {MARK: "-" * (ROOM - 1)}, minds=self._minds)
         self._nursery.start()
         self._postpone()
 

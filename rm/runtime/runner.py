@@ -23,7 +23,7 @@ from rm.runtime.links import Link
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
-from rm.runtime.workspace import Spare
+from rm.runtime.workspace import Spare, scratch_root, spare_path
 from rm.runtime.xid_watch import XidWatch
 
 log = logging.getLogger("rm.runner")
@@ -43,9 +43,10 @@ class Runner:
         self._runs: dict[str, BundleRun] = {}
         """The run under way, or the last one, those not settled, and those that are only spoken of yet."""
         self._listener = asyncio.Event()
-        self._nursery = Nursery()
+        minds = [str(spare_path(scratch_root()))]
+        self._nursery = Nursery(minds=minds)
         self._nursery.start()
-        self._preloading = Preloading()
+        self._preloading = Preloading(minds)
         self._gpu_ids = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         self._xids = XidWatch(self._gpu_ids)
         self._store = Link("store")

@@ -180,11 +180,6 @@ class Workspace:
         if working_dir is not None:
             unpack(working_dir, self._code)
 
-    @property
-    def left_behind(self) -> tuple[str, str]:
-        """The directories that somebody has to remove where this process dies before it can."""
-        return str(self.path), str(spare_path(self.path.parent))
-
     def give_back(self) -> bool:
         """Empty it for the next, where that takes no time. False: it has to be removed."""
         return self._spare.keep(self.path)

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 import pytest
-from probes import actor_pids, groups, runner_pid, wait_until
+from probes import actor_pids, groups, runner_pid, scratch_names, wait_until
 
 pytestmark = pytest.mark.ray
 HERE = {"num_gpus": 2, "gpu_type": "H100"}
@@ -74,6 +74,16 @@ def test_another_shape_and_a_lease_do_not(client) -> None:
     assert stand_of(larger) == f"{larger.id}.1", "and the GPUs came back for it"
     with client.lease(num_gpus=8, gpu_type="H100", timeout=30) as lease:
         assert stand_of(lease.job) == f"{lease.job.id}.1"
+
+
+def test_what_a_warm_runner_keeps_goes_with_it(client) -> None:
+    first = client.submit("sleep 0.5", **HERE)
+    wait_until(lambda: first.status == "RUNNING", what="it runs")
+    spare = f"spare-{runner_pid(client, first)}"
+    ended(first)
+    wait_until(lambda: spare in scratch_names(), 5, "its directory is kept, emptied")
+    wait_until(lambda: cold(client), 20, "nothing is warm")
+    wait_until(lambda: spare not in scratch_names(), 5, "it went with the runner")
 
 
 def test_a_runner_that_died_while_it_was_warm_costs_the_next_job_nothing(client) -> None:

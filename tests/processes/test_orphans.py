@@ -24,7 +24,9 @@ from rm.runtime.processes import Launched, RankProcess
 
 async def main():
     procs = [RankProcess(**{**each, "argv": tuple(each["argv"])}) for each in json.loads(sys.argv[1])]
-    launched = await Launched.start("t.1", procs, 60.0, Nursery(), json.loads(sys.argv[2]))
+    scratch, *minds = json.loads(sys.argv[2])
+    nursery = Nursery(minds=minds)
+    launched = await Launched.start("t.1", procs, 60.0, nursery, [scratch])
     print(json.dumps(launched.keeper_pids), flush=True)
     await launched.wait()
     print("ended", flush=True)
@@ -121,7 +123,9 @@ def test_runner_killed(attempt: Any, also: int | None) -> None:
     ranks = [attempt.daemon(0, "time.sleep(1000)"), attempt.rank(1, "sleep", "1000")]
     order = json.dumps([asdict(rank) | {"env": {processes.ATTEMPT_KEY: attempt.key}} for rank in ranks])
     env = {name: value for name, value in attempt.env.items() if name != processes.ATTEMPT_KEY}
-    runner = subprocess.Popen([sys.executable, "-c", RUNNER, order, "[]"], stdout=subprocess.PIPE, env=env)
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, order, '["/no-such"]'], stdout=subprocess.PIPE, env=env
+    )
     with runner:
         assert runner.stdout is not None
         pids = json.loads(runner.stdout.readline())
