@@ -372,10 +372,10 @@ class Keeper:
         ]
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
-        self.poll.register(0, select.POLLIN)
         self.lifelines = {1, runner.pidfd} - {-1}  # these say nothing but that the runner is gone
         for fd in self.lifelines:
             self.poll.register(fd, select.POLLIN if fd == runner.pidfd else 0)
+        self.poll.register(0, select.POLLIN)  # after them: an order of a runner that is gone is not begun
 
     def forget(self) -> None:
         """As before any order."""
@@ -471,7 +471,9 @@ class Keeper:
         *lines, self.inbox = (self.inbox + got).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "procs" in message:
+            if "procs" in message and self.orphaned:
+                self.scratch = message.get("scratch", [])  # what is left of an order that nobody waits for
+            elif "procs" in message:
                 self.start(message)
             elif message["do"] == "leave":
                 self.scratch = self.minded = []
