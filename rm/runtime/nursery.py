@@ -85,12 +85,14 @@ class Nursery:
         self._requests: socket.socket | None = None
         self._spare: Talk | None = None
         self._preparing: asyncio.Task[None] | None = None
+        self._closed = False
 
     def start(self) -> None:
         """Start the process, unless it runs. Raises OSError where this machine can't start one more."""
         if self.alive:
             return
         self.close()
+        self._closed = False
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = self._command or (sys.executable, "-I", "-S", str(KEEPER), "--nursery")
@@ -134,6 +136,8 @@ class Nursery:
             self._preparing = asyncio.create_task(self._prepare(), name="prepare a keeper")
 
     async def _prepare(self) -> None:
+        if self._closed:
+            return  # nobody would ever end what is started now
         with contextlib.suppress(OSError):  # the attempt to come will try again, and say so
             spare = await self._new(keeper.IDLE_NAME.decode())
             await spare.ready()
@@ -181,6 +185,7 @@ class Nursery:
             self._process.kill()
             self._process.wait()
         self._requests = self._process = None
+        self._closed = True
 
 
 async def _open(hears: socket.socket, tells: socket.socket) -> Talk:

@@ -19,6 +19,8 @@ done echo elif else enable esac eval exec exit export fc fg fi for function geto
 let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt source suspend test
 then time times trap type typeset ulimit umask unalias unset until wait while
 """
+_INNER = re.compile(r"[1-9][0-9]{0,2}")
+"""SHLVL where another shell is around this one."""
 _OPTIONS = ("BASH_ENV", "SHELLOPTS", "BASHOPTS", "BASH_COMPAT", "EXECIGNORE", "POSIXLY_CORRECT")
 _OF_BASH = frozenset(_BUILT_IN.split())
 """What bash does itself, as far as the programs of these names, if there are any, do it otherwise."""
@@ -47,7 +49,9 @@ def _told(env: Mapping[str, str]) -> bool:
     if any(name in env for name in _OPTIONS) or any(name.startswith("BASH_FUNC_") for name in env):
         return True
     # As Debian builds it, bash reads ~/.bashrc where it thinks that sshd has started it.
-    return any(name in env for name in ("SSH_CLIENT", "SSH2_CLIENT")) and env.get("SHLVL", "0") == "0"
+    return any(name in env for name in ("SSH_CLIENT", "SSH2_CLIENT")) and not _INNER.fullmatch(
+        env.get("SHLVL", "")
+    )
 
 
 def _found(name: str, path: str) -> str:

@@ -484,6 +484,25 @@ def test_a_prepared_keeper_goes_with_its_nursery(attempt: Any) -> None:
     asyncio.run(scenario())
 
 
+def test_a_nursery_that_was_closed_is_not_started_again_for_an_attempt_that_may_never_come(
+    attempt: Any,
+) -> None:
+    """An interpreter with preloaded modules, say, whose time was over while its function ran."""
+
+    async def scenario() -> None:
+        launched = await attempt.start([attempt.rank(0, "sleep", "0.2")], 5.0)
+        attempt.nursery.close()
+        assert (await launched.wait()).exits[0].code == 0
+        attempt.nursery.prepare()
+        await attempt.nursery._preparing
+        assert not attempt.nursery.alive
+        launched = await attempt.start([attempt.rank(1, "true")], 5.0)
+        assert (await launched.wait()).exits[0].code == 0
+        assert attempt.nursery.alive
+
+    asyncio.run(scenario())
+
+
 async def until_async(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,25 @@ async def main():
     await launched.wait()
     print("ended", flush=True)
     await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+SHORT_LIVED = """
+import asyncio, json, os, sys
+from rm.runtime.nursery import Nursery
+from rm.runtime.processes import Launched, RankProcess
+
+async def main():
+    procs = [RankProcess(**{**each, "argv": tuple(each["argv"])}) for each in json.loads(sys.argv[1])]
+    nursery = Nursery()
+    nursery.start()
+    print(nursery._process.pid, flush=True)
+    starting = asyncio.create_task(Launched.start("t.1", procs, 60.0, nursery, json.loads(sys.argv[2])))
+    for _ in range(int(sys.argv[3])):
+        await asyncio.sleep(0)
+    os.kill(os.getpid(), 9)
 
 asyncio.run(main())
 """
@@ -162,6 +182,25 @@ def test_the_directories_of_a_killed_runner_go_with_it(attempt: Any, line: str) 
         runner.kill()
     attempt.until(lambda: all(map(attempt.gone, pids)))
     assert not any(each.exists() for each in left)
+
+
+@pytest.mark.parametrize("turns", [6, 8, 10, 12])
+def test_an_order_is_not_begun_when_its_runner_has_died_since(attempt: Any, turns: int) -> None:
+    """Nobody would be left to kill what it starts: it dies while its keeper comes up, with the order on its way."""
+    scratch = attempt.folder / "scratch"
+    scratch.mkdir()
+    for number in range(300):
+        (scratch / str(number)).touch()
+    order = json.dumps([asdict(attempt.rank(0, "bash", "-c", "setsid sleep 1000 & sleep 1000"))])
+    env = {name: value for name, value in attempt.env.items() if name != processes.ATTEMPT_KEY}
+    command = [sys.executable, "-c", SHORT_LIVED, order, json.dumps([str(scratch)]), str(turns)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as runner:
+        assert runner.stdout is not None
+        keepers = int(runner.stdout.readline())
+    assert runner.returncode == -signal.SIGKILL
+    attempt.until(lambda: attempt.gone(keepers))
+    time.sleep(0.3)  # what is begun too late is begun by now
+    attempt.until(lambda: not attempt.alive(), 1.0)
 
 
 @pytest.mark.parametrize("when", ["during", "after", "by a signal"])

@@ -50,6 +50,11 @@ def test_what_changes_bash_is_its() -> None:
     for name in ("SHELLOPTS", "BASHOPTS", "BASH_COMPAT", "EXECIGNORE", "POSIXLY_CORRECT"):
         assert words("true", **{name: "x"}) == ()
     assert words("true", SSH_CLIENT="::1 1 22") == words("true", SSH_CLIENT="::1 1 22", SHLVL="0") == ()
+    assert (
+        words("true", SSH_CLIENT="::1 1 22", SHLVL="")
+        == words("true", SSH_CLIENT="::1 1 22", SHLVL="-1")
+        == ()
+    )
     assert words("true", SSH_CLIENT="::1 1 22", SHLVL="1") != ()
     assert without_shell(("sh", "-c", "true"), PATH) == ()
     assert without_shell(("bash", "-c", "true", "x"), PATH) == ()
