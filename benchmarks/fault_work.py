@@ -136,7 +136,8 @@ class Work:
         if kind == "array":
             options["array"] = rng.randint(2, 4)
         held = kind not in ("lease", "client") and rng.random() < 0.1
-        cancel_after = rng.uniform(0, 6) if rng.random() < 0.1 else None
+        # At once, now and then: while its placement group is made.
+        cancel_after = max(0.0, rng.uniform(-3, 6)) if rng.random() < 0.15 else None
         if held:
             options["hold"] = True
         command = [
@@ -160,7 +161,9 @@ class Work:
         job = self._submit(story, entry, options)
         if job is not None and held:
             self._later.append((time.monotonic() + rng.uniform(1, 5), "release", job))
-        if job is not None and cancel_after is not None and kind != "array":
+        if job is not None and cancel_after == 0 and kind != "array":
+            self._do("cancel", job)
+        elif job is not None and cancel_after is not None and kind != "array":
             self._later.append((time.monotonic() + cancel_after, "cancel", job))
 
     def _submit(self, story: Story, entry: Any, options: dict[str, Any]) -> Any:
