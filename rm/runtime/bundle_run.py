@@ -96,7 +96,8 @@ class BundleRun:
     async def stop(self, grace_s: float) -> None:
         """SIGTERM to every rank's process group, SIGKILL after `grace_s`. `result` then returns."""
         self._stop_asked = True
-        if self._workspace is not None:
+        # Not when it is being removed: what is made in it then would stay for ever.
+        if self._workspace is not None and self._settling is None:
             self._workspace.ask_to_stop()
         if self._launched is not None:
             await self._launched.stop(grace_s)

@@ -33,6 +33,8 @@ EMPTIED_BYTES = 1 << 20
 """A file that is longer is removed in a thread."""
 _LOG = re.compile(r"rank-[0-9]+\.(out|err)")
 _OURS = ("payload.pkl", "result.pkl", "report-", "stop")
+NAMELESS_S = 3_600.0
+"""A directory that names no owner for so long is nobody's."""
 STALE_LOOK_S = 10.0
 """Between two looks of a runner for what others have left."""
 _HOME = Path(__file__).resolve().parents[2]
@@ -322,9 +324,18 @@ def clear_stale(root: Path) -> None:
         try:
             owner = int((path / OWNER_FILE).read_text())
         except (OSError, ValueError):
-            continue  # being made this moment, or not ours
+            if _is_old(path):  # else it may be being made this moment
+                shutil.rmtree(path, ignore_errors=True)
+            continue
         if not Path(f"/proc/{owner}").exists():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return path.lstat().st_mtime < time.time() - NAMELESS_S
+    except OSError:
+        return False  # gone
 
 
 def _threads(order: RunOrder) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from rm.core.model import Kind
 from rm.runtime.orders import RunOrder
-from rm.runtime.workspace import EMPTIED_BYTES, Spare, Workspace, clear_stale, spare_path
+from rm.runtime.workspace import EMPTIED_BYTES, NAMELESS_S, Spare, Workspace, clear_stale, spare_path
 
 
 def order(number: int) -> RunOrder:
@@ -154,6 +155,9 @@ def test_what_killed_runners_left_is_removed_and_what_living_ones_have_is_not(ro
         (root / name).mkdir(parents=True)
         (root / name / "runner.pid").write_text(str(owner))
     (root / "being-made").mkdir()
+    (root / "nobodys").mkdir()
+    (root / "nobodys" / "stop").touch()
+    os.utime(root / "nobodys", (0, time.time() - NAMELESS_S - 1))
     clear_stale(root)
     assert sorted(path.name for path in root.iterdir()) == ["being-made", "living"]
 
