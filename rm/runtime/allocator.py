@@ -55,6 +55,7 @@ from rm.runtime.autoscaler import Autoscaler
 from rm.runtime.clock import Anchor, Clock, boot_id
 from rm.runtime.drafts import Dependencies, Drafting, stored
 from rm.runtime.gangs import Gangs
+from rm.runtime.group_removal import all_of
 from rm.runtime.holders import Holders
 from rm.runtime.links import Link
 from rm.runtime.node_names import named
@@ -288,7 +289,7 @@ class Allocator:
             await runners.kill(attempt, bundles)
             await self._placements.remove(attempt)
 
-        await asyncio.gather(*map(remove, self._placements.attempts() - live))
+        await all_of(map(remove, self._placements.attempts() - live))
 
     async def _listen_for_holders(self) -> None:
         while True:

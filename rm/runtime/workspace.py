@@ -138,9 +138,8 @@ def _is_held(log: str) -> bool:
     """Whether somebody can still write to the file: the kernel grants no lease for reading then."""
     handle = os.open(log, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.fcntl(
-            handle, fcntl.F_SETSIG, signal.SIGURG
-        )  # who opens it this moment would have SIGIO sent, which kills
+        # Whoever opens it in this very moment would have SIGIO sent, which kills.
+        fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError:
