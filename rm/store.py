@@ -49,6 +49,8 @@ TOUCHED_S = 3600.0
 """Whatever was written, or asked for by a submission, so lately is left alone."""
 LastBatch = tuple[int, str, int, bytes]
 """Rank, stream, and the bytes of its log from that offset on."""
+LogEnd = tuple[str, int, list[LastBatch]]
+"""Job, attempt, and the last batches of some of its logs."""
 BLOB_IDLE_S = 7 * 86_400.0
 """How long a blob that no live job needs is kept for the next one that may."""
 
@@ -187,6 +189,11 @@ class FileStore:
             with self._writing(path) as position:
                 self._add(path, position, offset, data)
                 self._close(path, position)
+
+    def end_all_logs(self, ends: list[LogEnd]) -> None:
+        """`end_logs` for each."""
+        for end in ends:
+            self.end_logs(*end)
 
     def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rm.store import FileStore, LastBatch, LogChunk, LogFile, Tidied
+from rm.store import FileStore, LastBatch, LogChunk, LogEnd, LogFile, Tidied
 
 MOST_FOLLOWERS = 500
 """Calls of `news` that are held at a time, half of what the actor takes: logs must get through beside them."""
@@ -56,8 +56,12 @@ class Store:
         return written
 
     async def end_logs(self, job_id: str, attempt: int, last: list[LastBatch]) -> None:
-        await asyncio.to_thread(self._files.end_logs, job_id, attempt, last)
-        self._tell(job_id)
+        await self.end_all_logs([(job_id, attempt, last)])
+
+    async def end_all_logs(self, ends: list[LogEnd]) -> None:
+        await asyncio.to_thread(self._files.end_all_logs, ends)
+        for job_id, _, _ in ends:
+            self._tell(job_id)
 
     async def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

@@ -16,6 +16,7 @@ from rm.core.model import Kind
 from rm.errors import RmError
 from rm.runtime.entry import modules_path, result_path
 from rm.runtime.links import Link
+from rm.runtime.log_ends import LogEnds
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult
 from rm.runtime.preloading import Preloading
@@ -24,6 +25,7 @@ from rm.runtime.shipping import LogShipper
 from rm.runtime.tail import last_lines
 from rm.runtime.workspace import Spare, Workspace, clear_stale
 from rm.runtime.xid_watch import XidWatch
+from rm.store import LogEnd
 
 REPORT_S = 0.5
 """How often progress is read and passed on."""
@@ -46,6 +48,7 @@ class BundleRun:
         xids: XidWatch,
         store: Link,
         allocator: Link,
+        ends: LogEnds,
         spare: Spare,
     ) -> None:
         self._nursery = nursery
@@ -53,6 +56,7 @@ class BundleRun:
         self._xids = xids
         self._store = store
         self._allocator = allocator
+        self._ends = ends
         self._spare = spare
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -61,6 +65,8 @@ class BundleRun:
         self._launched: Launched | None = None
         self._workspace: Workspace | None = None
         self._stop_asked = False
+        self._is_awaited = False
+        """Whether the end of its logs is."""
         self._progress: dict[int, dict[str, Any]] = {}
 
     @property
@@ -78,8 +84,10 @@ class BundleRun:
     async def settled(self) -> None:
         """Returns when the run has ended, its logs are in the store, and its files are gone."""
         if self._task is not None:
+            self._is_awaited = True
             await asyncio.wait([self._task])
-        if self._settling is not None:
+        if self._settling is not None and not self._settling.done():
+            self._ends.hurry()
             await asyncio.wait([self._settling])
 
     async def result(self, order: RunOrder) -> RunResult:
@@ -105,7 +113,9 @@ class BundleRun:
     async def _supervise(self, order: RunOrder) -> RunResult:
         workspace = self._workspace = Workspace(order, spare=self._spare)
         try:
-            return await self._run_in(workspace, order)
+            result = await self._run_in(workspace, order)
+            self._is_awaited |= not result.ok  # who failed will be asked why
+            return result
         except RmError as error:
             return RunResult(ok=False, rank=order.first_rank, message=error.message, failed_at=time.time())
         except OSError as error:
@@ -117,9 +127,10 @@ class BundleRun:
             self._settling = asyncio.create_task(self._settle(workspace))
 
     async def _settle(self, workspace: Workspace) -> None:
+        end: LogEnd | None = None
         try:
             if self._shipper is not None:
-                await self._shipper.finish()
+                end = await self._shipper.finish()
             with contextlib.suppress(FileNotFoundError):
                 imported = modules_path(workspace.result).read_text().split()
                 self._preloading.learn(workspace.processes()[0], imported)
@@ -128,6 +139,8 @@ class BundleRun:
                 await asyncio.to_thread(workspace.remove)
             if workspace.is_look_due():
                 await asyncio.to_thread(clear_stale, workspace.path.parent)
+            if end is not None:
+                await self._ends.send(end, at_once=self._is_awaited)
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
         store = self._store

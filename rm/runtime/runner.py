@@ -20,6 +20,7 @@ import ray
 from rm.runtime import gpu_probe
 from rm.runtime.bundle_run import BundleRun
 from rm.runtime.links import Link
+from rm.runtime.log_ends import LogEnds
 from rm.runtime.nursery import Nursery
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
@@ -51,6 +52,7 @@ class Runner:
         self._xids = XidWatch(self._gpu_ids)
         self._store = Link("store")
         self._allocator = Link("allocator")
+        self._ends = LogEnds(self._store)
         self._spare = Spare()
 
     async def seat(self) -> Seat:
@@ -112,7 +114,13 @@ class Runner:
         run = self._runs.get(key)
         if run is None:
             run = BundleRun(
-                self._nursery, self._preloading, self._xids, self._store, self._allocator, self._spare
+                self._nursery,
+                self._preloading,
+                self._xids,
+                self._store,
+                self._allocator,
+                self._ends,
+                self._spare,
             )
             self._runs[key] = run
         return run

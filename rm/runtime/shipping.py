@@ -22,6 +22,7 @@ from rm.runtime.links import Link
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import RankProcess
 from rm.runtime.tail import Tail
+from rm.store import LogEnd
 
 log = logging.getLogger("rm.logs")
 
@@ -34,6 +35,8 @@ KEPT_BYTES = 256 * 1024
 """Of what was sent, so much stays readable on the node."""
 FORGET_BYTES = 4 * 2**20
 """Space is given back in pieces of this size."""
+SHORT_BYTES = 4 * 1024
+"""So little of all a bundle's logs together need not be sent at once."""
 GIVE_UP_S = 60.0
 """How long an unreachable store may hold up the end of a run; then the rest of the log is lost, and said to be."""
 
@@ -64,21 +67,26 @@ class LogShipper:
             if not moved:
                 await asyncio.sleep(LOOK_S)
 
-    async def finish(self) -> None:
-        """Send what is left and close the logs. Called once, after `run` was cancelled and all ranks are gone."""
+    async def finish(self) -> LogEnd | None:
+        """Send what is left and close the logs. Called once, after `run` was cancelled and all ranks are gone.
+
+        Where little is left it is not sent but returned: then the rank's files are not needed any more.
+        """
         deadline = time.monotonic() + GIVE_UP_S
         while True:
             try:
                 while any(self._unsent.values()) or self._behind() > BATCH_BYTES:
                     await self._pass()
                 last = [(rank, stream, *self._next(rank, stream, tail)) for rank, stream, tail in self._tails]
-                order = self._order
-                await self._store.call("end_logs", order.archive_id, order.attempt, last)
-                return
+                end = self._order.archive_id, self._order.attempt, last
+                if sum(len(data) for *_, data in last) <= SHORT_BYTES:
+                    return end
+                await self._store.call("end_all_logs", [end])
+                return None
             except (RayError, ValueError):
                 if time.monotonic() > deadline:
                     log.exception("the log store can't be reached; the end of the log is lost")
-                    return
+                    return None
                 await asyncio.sleep(1)
 
     def _behind(self) -> int:

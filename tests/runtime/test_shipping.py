@@ -42,6 +42,12 @@ def shipper(tmp_path: Path, store: FileStore) -> tuple[LogShipper, Path]:
     return LogShipper(Direct(store), ORDER, [process]), out  # type: ignore[arg-type]
 
 
+def finish(ship: LogShipper, store: FileStore) -> None:
+    end = asyncio.run(ship.finish())
+    if end is not None:
+        store.end_all_logs([end])
+
+
 def whole(store: FileStore) -> bytes:
     offset, pieces = 0, []
     while (chunk := store.read_log(*LOG, offset, 2**20)).data:
@@ -56,7 +62,7 @@ def test_what_was_sent_takes_no_space_on_the_node(tmp_path: Path) -> None:
     ship, out = shipper(tmp_path, store)
     content = b"".join(b"%0127d\n" % number for number in range(200_000))
     out.write_bytes(content)
-    asyncio.run(ship.finish())
+    assert asyncio.run(ship.finish()) is None
     assert whole(store) == content
     most = shipping.KEPT_BYTES + shipping.FORGET_BYTES + shipping.BATCH_BYTES
     assert out.stat().st_blocks * 512 <= most < len(content)
@@ -74,7 +80,7 @@ def test_of_a_backlog_the_older_half_is_given_up_and_said_to_be(
     asyncio.run(ship._pass())
     with out.open("ab") as file:
         file.write(b"x" * 5_000 + b"\nthe last\n")
-    asyncio.run(ship.finish())
+    finish(ship, store)
     lost = 5_010 - 500
     rest = b"x" * 490 + b"\nthe last\n"
     assert whole(store) == b"the first\n[rm: %d bytes of output were lost here]\n" % lost + rest
@@ -86,5 +92,16 @@ def test_a_backlog_that_is_no_flood_is_sent_whole(tmp_path: Path, monkeypatch: p
     store = FileStore(tmp_path / "store", 2**30)
     ship, out = shipper(tmp_path, store)
     out.write_bytes(b"x" * 999 + b"\n")
-    asyncio.run(ship.finish())
+    finish(ship, store)
     assert whole(store) == b"x" * 999 + b"\n"
+
+
+def test_a_short_end_is_handed_out_and_not_sent(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store", 2**30)
+    ship, out = shipper(tmp_path, store)
+    out.write_bytes(b"a line\n")
+    end = asyncio.run(ship.finish())
+    assert end == (ORDER.archive_id, 1, [(0, "out", 0, b"a line\n"), (0, "err", 0, b"")])
+    assert store.logs(ORDER.archive_id) == []
+    store.end_all_logs([end, end])
+    assert whole(store) == b"a line\n", "twice is once"

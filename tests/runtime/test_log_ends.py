@@ -1,0 +1,121 @@
+"""Ends of logs on their way: several in one call, none held up for long, none lost for a store that is away."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayError
+
+from rm.runtime import log_ends
+from rm.runtime.log_ends import LogEnds
+from rm.store import LogEnd
+
+
+class FakeStore:
+    """Takes calls down; the first `away` of them fail."""
+
+    def __init__(self, away: int = 0) -> None:
+        self.calls: list[list[LogEnd]] = []
+        self.away = away
+
+    async def call(self, method: str, ends: list[LogEnd]) -> None:
+        assert method == "end_all_logs"
+        await asyncio.sleep(0)
+        if self.away:
+            self.away -= 1
+            raise RayError("the store is away")
+        self.calls.append(ends)
+
+
+@pytest.fixture(autouse=True)
+def no_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is not hurried along would wait for longer than any test."""
+    monkeypatch.setattr(log_ends, "LINGER_S", 3_600)
+    monkeypatch.setattr(log_ends, "AGAIN_S", 0)
+
+
+def end(number: int) -> LogEnd:
+    return f"kabc-j{number}", 1, [(0, "out", 0, b"x")]
+
+
+def made(store: FakeStore) -> LogEnds:
+    link: Any = store
+    return LogEnds(link)
+
+
+def test_ends_wait_for_each_other_and_travel_together() -> None:
+    async def play() -> list[list[LogEnd]]:
+        store = FakeStore()
+        ends = made(store)
+        waiting = [asyncio.create_task(ends.send(end(number), at_once=False)) for number in range(3)]
+        _, pending = await asyncio.wait(waiting, timeout=0.05)
+        assert len(pending) == 3 and not store.calls
+        ends.hurry()
+        await asyncio.gather(*waiting)
+        return store.calls
+
+    assert asyncio.run(play()) == [[end(0), end(1), end(2)]]
+
+
+def test_one_that_is_awaited_takes_the_others_along() -> None:
+    async def play() -> list[list[LogEnd]]:
+        store = FakeStore()
+        ends = made(store)
+        first = asyncio.create_task(ends.send(end(0), at_once=False))
+        await asyncio.sleep(0)
+        await ends.send(end(1), at_once=True)
+        await first
+        await ends.send(end(2), at_once=True)
+        return store.calls
+
+    assert asyncio.run(play()) == [[end(0), end(1)], [end(2)]]
+
+
+def test_nobody_waits_for_longer_than_the_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_ends, "LINGER_S", 0.01)
+    store = FakeStore()
+    asyncio.run(made(store).send(end(0), at_once=False))
+    assert store.calls == [[end(0)]]
+
+
+def test_a_hurry_of_before_is_not_remembered() -> None:
+    async def play() -> None:
+        store = FakeStore()
+        ends = made(store)
+        ends.hurry()
+        waiting = asyncio.create_task(ends.send(end(0), at_once=False))
+        await asyncio.wait([waiting], timeout=0.05)
+        assert not store.calls
+        ends.hurry()
+        await waiting
+
+    asyncio.run(play())
+
+
+def test_a_store_that_is_away_is_asked_again() -> None:
+    store = FakeStore(away=3)
+    asyncio.run(made(store).send(end(0), at_once=True))
+    assert store.calls == [[end(0)]]
+
+
+def test_a_store_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_ends, "GIVE_UP_S", -1)
+    store = FakeStore(away=10)
+    asyncio.run(made(store).send(end(0), at_once=True))
+    assert store.calls == [] and store.away == 9
+
+
+def test_what_comes_while_others_are_sent_goes_with_the_next() -> None:
+    async def play() -> list[list[LogEnd]]:
+        store = FakeStore(away=50)
+        ends = made(store)
+        first = asyncio.create_task(ends.send(end(0), at_once=True))
+        while store.away > 40:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(ends.send(end(1), at_once=True))
+        await asyncio.gather(first, second)
+        return store.calls
+
+    assert asyncio.run(play()) == [[end(0)], [end(1)]]
