@@ -167,6 +167,8 @@ class Client:
         )
 
     def _send(self, drafts: list[Draft], attach: bool) -> list[Job]:
+        from rm.ledger.codec import encode_spec  # slow to import; by now it is
+
         blobs: dict[str, bytes] = {}
         for draft in drafts:
             blobs |= draft.blobs
@@ -177,7 +179,8 @@ class Client:
                     self._store("put_blob", data, timeout_s=300)
         # One key per job: if the answer is lost and the call made again, the ledger knows them.
         keys = [uuid.uuid4().hex for _ in drafts]
-        ids = self._allocator("submit", [draft.spec for draft in drafts], keys, timeout_s=120)
+        texts = [encode_spec(draft.spec) for draft in drafts]
+        ids = self._allocator("submit", texts, keys, self._actors.hello.get("life", ""), timeout_s=120)
         if attach:
             each = zip(ids, drafts, strict=True)
             self._heartbeat.add({job_id: draft.spec.ttl_s or ATTACHED_TTL_S for job_id, draft in each})

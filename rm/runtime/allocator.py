@@ -53,10 +53,11 @@ from rm.runtime.asks import Asks
 from rm.runtime.audit import Audit
 from rm.runtime.autoscaler import Autoscaler
 from rm.runtime.clock import Anchor, Clock, boot_id
-from rm.runtime.drafts import Dependencies, Drafting, stored
+from rm.runtime.drafts import Dependencies, Drafting, requested
 from rm.runtime.gangs import Gangs
 from rm.runtime.group_removal import all_of
 from rm.runtime.holders import Holders
+from rm.runtime.keys import Keys
 from rm.runtime.links import Link
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
@@ -170,6 +171,7 @@ class Allocator:
         life = f"{ray.get_runtime_context().get_actor_id()} {boot_id()}"
         anchor = Anchor(config.home / "clock.json", life)
         self._requests = Requests(self._ledger)
+        self._keys = Keys(self._ledger)
         self._clock = Clock(await asyncio.to_thread(self._ledger.newest), anchor)
         self._began = self._clock()
         self._placements = Placements(self._ledger.key)
@@ -335,10 +337,11 @@ class Allocator:
     # --- asked by clients ----------------------------------------------------------------------------------
 
     async def hello(self) -> dict[str, Any]:
-        """Who answers: version, ledger, pid, since when, and what it lets the store keep."""
+        """Who answers: version, life, ledger, pid, since when, and what it lets the store keep."""
         await self._up()
         return {
             "version": rm.__version__,
+            "life": self._keys.life,
             "ledger_key": self._ledger.key,
             "ledger_url": _without_password(self._config.ledger_url),
             "home": str(self._config.home),
@@ -350,13 +353,19 @@ class Allocator:
             "live_jobs": len(self._writer.view().jobs),
         }
 
-    async def submit(self, specs: list[JobSpec], keys: list[str]) -> list[str]:
-        """Accept requests, all or none. Durable when this returns; a key seen before gives its first job's id."""
+    async def submit(self, texts: list[str], keys: list[str], life: str = "") -> list[str]:
+        """Accept requests, all or none. Durable when this returns; a key seen before gives its first job's id.
+
+        `texts`: the requests as `encode_spec` gives them. `life`: the allocator's, as told by `hello`, that the client
+        knew when it drew the keys. Raises what is wrong with a request.
+        """
         await self._up()
         if self._closing:
             raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
         if len(set(keys)) != len(keys):
             raise InvalidSpec("keys: each job of one submission needs a key of its own", field="keys")
+        # A thread takes longer to hand over to than a few requests to read.
+        specs = requested(texts) if len(texts) <= FEW else await asyncio.to_thread(requested, texts)
         # Here and not in the spec: what stands in a ledger stays readable.
         for owner in {spec.owner for spec in specs}:
             rights.require_name(owner)
@@ -366,23 +375,21 @@ class Allocator:
                 f"entries: {count} jobs in one step, and at most {MAX_ARRAY} can be; submit them in parts",
                 field="entries",
             )
-        # A thread takes longer to hand over to than a few requests to write.
-        texts = stored(specs) if len(specs) <= FEW else await asyncio.to_thread(stored, specs)
         if count <= BULK:
-            ids = await self._submit(specs, keys, texts)
+            ids = await self._submit(specs, keys, texts, life)
         else:
             # One large batch at a time, and of one owner only one in the queue: nobody waits for more than one of each.
             async with self._one_at_a_time(f"bulk of {specs[0].owner}"), self._bulk:
-                ids = await self._submit(specs, keys, texts)
+                ids = await self._submit(specs, keys, texts, life)
         for spec, job_id in zip(specs, ids, strict=True):
             if spec.ttl_s is not None:
                 self._holders.add(job_id, spec.ttl_s)
         return ids
 
-    async def _submit(self, specs: list[JobSpec], keys: list[str], texts: list[str]) -> list[str]:
-        # A call that is made again while the first is under way waits for it: the ledger then knows its keys.
+    async def _submit(self, specs: list[JobSpec], keys: list[str], texts: list[str], life: str) -> list[str]:
+        # A call that is made again while the first is under way waits for it: its keys are then known.
         async with self._one_at_a_time(keys[0] if keys else ""):
-            known = await asyncio.to_thread(self._ledger.submitted, keys)
+            known = await self._keys.known(specs, keys, life)
             each = zip(specs, keys, texts, strict=True)
             new = [(spec, key, text) for spec, key, text in each if key not in known]
             waits = Dependencies(self._writer, self._ledger)
@@ -394,13 +401,18 @@ class Allocator:
             )
             drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
             new_texts = [text for _, _, text in new]
-            accepted = iter(
-                await self._writer.submit(drafts, new_texts, self._requests.keep) if drafts else []
-            )
-        return [
-            _submission_id(spec, known[key]) if key in known else next(accepted)
-            for spec, key in zip(specs, keys, strict=True)
-        ]
+            try:
+                accepted = await self._writer.submit(drafts, new_texts, self._requests.keep) if drafts else []
+            except LedgerUnavailable:
+                # Committed after all, or by a first call that is forgotten here: the ledger holds a key only once.
+                known = await self._keys.stored(specs, keys)
+                if len(known) < len(keys):
+                    raise
+                return [known[key] for key in keys]
+            for (_, key, _), job_id in zip(new, accepted, strict=True):
+                self._keys.accepted(key, job_id)
+                known[key] = job_id
+        return [known[key] for key in keys]
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, whose: str) -> AsyncIterator[None]:
@@ -962,11 +974,6 @@ class Allocator:
 def _departed(cordon: Cordon) -> Node:
     """A node that is gone, to be named by: nothing of it is known but its name."""
     return Node(cordon.node_id, cordon.name or cordon.node_id[:8], 0, Devices.whole(0), 0, 0, 0, 0)
-
-
-def _submission_id(spec: JobSpec, first_job: str) -> str:
-    """What `submit` returns for a request whose first job has this id."""
-    return first_job if spec.array is None else first_job.removesuffix("_0")
 
 
 def _command_line(spec: JobSpec) -> str:

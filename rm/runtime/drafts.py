@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+from pydantic import ValidationError
+
 from rm.core.model import TERMINAL, Gang, Job, NodeShape, Status
 from rm.core.policy import Policy, QueuePolicy
 from rm.core.records import replace
 from rm.errors import Infeasible, InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
 from rm.ledger import Ledger
-from rm.ledger.codec import encode_spec
+from rm.ledger.codec import decode_spec
 from rm.runtime.writer import Writer
-from rm.spec import JobSpec
+from rm.spec import JobSpec, as_invalid_spec
 
 COMMIT_S = 0.02
 """How long a commit under way is given before the ledger is asked again."""
@@ -28,11 +30,17 @@ MOST_STORED_AT_ONCE_BYTES = 64 * 2**20
 """Of one submission; each job of an array has a copy."""
 
 
-def stored(specs: Sequence[JobSpec]) -> list[str]:
-    """The requests as the ledger stores them. Raises PayloadTooLarge where that is too much."""
-    texts, total = [], 0
-    for spec in specs:
-        text = encode_spec(spec)
+def requested(texts: Sequence[str]) -> list[JobSpec]:
+    """The requests of one submission, from their texts, which the ledger will store as they are.
+
+    Raises InvalidSpec, and PayloadTooLarge where that is too much.
+    """
+    specs, total = [], 0
+    for text in texts:
+        try:
+            spec = decode_spec(text)
+        except ValidationError as error:
+            raise as_invalid_spec(error) from None
         if len(text) > MOST_STORED_BYTES:
             raise PayloadTooLarge(
                 f"{_largest(spec)}: the request takes {len(text) / 1024:.0f} KiB, and at most "
@@ -41,7 +49,7 @@ def stored(specs: Sequence[JobSpec]) -> list[str]:
                 field=_largest(spec),
             )
         total += len(text) * (spec.array or 1)
-        texts.append(text)
+        specs.append(spec)
     if total > MOST_STORED_AT_ONCE_BYTES:
         raise PayloadTooLarge(
             f"entries: the requests take {total / 2**20:.0f} MiB in the ledger, and at most "
@@ -49,7 +57,7 @@ def stored(specs: Sequence[JobSpec]) -> list[str]:
             "a file of the working_dir",
             field="entries",
         )
-    return texts
+    return specs
 
 
 def _largest(spec: JobSpec) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rm.client import Client
 from rm.errors import UnknownJob, UnknownNode
+from rm.ledger.codec import decode_spec
 from rm.spec import JobSpec
 from rm.views import AuditView, EventView, JobView, NodeView, QueueView
 
@@ -113,9 +114,9 @@ class FakeClient(Client):
     def on_settled(self, _job_id: str) -> None:
         """All logs are whole."""
 
-    def on_submit(self, specs: list[JobSpec], _keys: list[str]) -> list[str]:
-        self.submitted += specs
-        return [f"j{number}" for number in range(1, len(specs) + 1)]
+    def on_submit(self, texts: list[str], _keys: list[str], _life: str) -> list[str]:
+        self.submitted += map(decode_spec, texts)
+        return [f"j{number}" for number in range(1, len(texts) + 1)]
 
     def on_job(self, job_id: str) -> JobView:
         if job_id not in self.views:

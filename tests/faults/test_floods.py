@@ -16,6 +16,7 @@ import pytest
 from probes import wait_until
 
 from rm.errors import Busy, InvalidSpec, PayloadTooLarge
+from rm.ledger.codec import encode_spec
 
 REPO = Path(__file__).resolve().parents[2]
 PAYLOAD_BYTES = 10 * 10**6
@@ -29,7 +30,7 @@ def test_a_fork_bomb_of_submissions_leaves_room_for_others(client) -> None:
     draft = client._draft(
         ["true"], (), {}, False, {"num_gpus": 8, "hold": True, "owner": "flood", "array": 500}
     )
-    floods = [submit.remote([draft.spec], [f"flood-{os.getpid()}-{number}"]) for number in range(4)]
+    floods = [submit.remote([encode_spec(draft.spec)], [f"flood-{os.getpid()}-{number}"]) for number in range(4)]
     job = client.submit("echo served", num_gpus=1)
     assert job.wait(120).status == "SUCCEEDED"
     arrays = [ids[0] for ids in ray.get(floods)]

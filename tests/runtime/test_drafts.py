@@ -14,7 +14,8 @@ from rm.core.events import RunExited, StopRequested
 from rm.core.model import Job, NodeShape, Outcome, Status, StopCause
 from rm.core.policy import Policy, QueuePolicy
 from rm.errors import Infeasible, InvalidSpec, PayloadTooLarge, UnknownJob, UnknownQueue
-from rm.runtime.drafts import MOST_STORED_BYTES, Dependencies, Drafting, stored
+from rm.ledger.codec import encode_spec
+from rm.runtime.drafts import MOST_STORED_BYTES, Dependencies, Drafting, requested
 from rm.runtime.writer import Writer
 from rm.spec import JobSpec, build_spec
 
@@ -39,6 +40,32 @@ def asked(**fields: Any) -> JobSpec:
     return build_spec(**{"kind": "command", "command": ("true",), "num_gpus": 1, "owner": "ada", **fields})
 
 
+def texts(*specs: JobSpec) -> list[str]:
+    return [encode_spec(spec) for spec in specs]
+
+
+def test_requests_are_read_as_they_were_written() -> None:
+    specs = [
+        asked(env={"A": "\0".join("x")}, command=("echo", "\udc80 \ufdd0")),
+        asked(num_gpus=0.5, time_limit_s="2h", array=3),
+    ]
+    assert requested(texts(*specs)) == specs
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("nothing", "Invalid JSON"),
+        ("{}", "kind"),
+        (encode_spec(asked()).replace('"grace_s":30.0', '"grace_s":-1'), "grace"),
+        (encode_spec(asked()).replace('{"kind"', '{"novelty":1,"kind"'), "novelty"),
+    ],
+)
+def test_a_text_that_is_no_request_names_its_field(text: str, named: str) -> None:
+    with pytest.raises(InvalidSpec, match=named):
+        requested([encode_spec(asked()), text])
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -52,7 +79,7 @@ def test_a_request_too_large_for_the_ledger_names_its_largest_part(
     fields: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(PayloadTooLarge, match=f"^{named}: the request takes .* at most 256 KiB") as caught:
-        stored([asked(), asked(**fields)])
+        requested(texts(asked(), asked(**fields)))
     assert caught.value.field == named
     assert "xxx" not in str(caught.value)
 
@@ -82,11 +109,11 @@ def test_nothing_is_infeasible_while_node_types_are_awaited(
 
 def test_a_submission_too_large_for_the_ledger_counts_each_job_of_an_array() -> None:
     large = {"env": {"DATA": "x" * 200_000}}
-    assert len(stored([asked(array=300, **large)])) == 1
+    assert requested(texts(asked(array=300, **large))) == [asked(array=300, **large)]
     with pytest.raises(PayloadTooLarge, match="entries: the requests take 76 MiB"):
-        stored([asked(array=400, **large)])
+        requested(texts(asked(array=400, **large)))
     with pytest.raises(PayloadTooLarge, match="submit them in parts"):
-        stored([asked(**large)] * 400)
+        requested(texts(asked(**large)) * 400)
 
 
 def test_what_is_not_said_comes_from_the_queue() -> None:
