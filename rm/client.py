@@ -180,7 +180,8 @@ class Client:
         # One key per job: if the answer is lost and the call made again, the ledger knows them.
         keys = [uuid.uuid4().hex for _ in drafts]
         texts = [encode_spec(draft.spec) for draft in drafts]
-        ids = self._allocator("submit", texts, keys, self._actors.hello.get("life", ""), timeout_s=120)
+        life = self._actors.hello.get("life", "")
+        ids = self._allocator("submit", (texts, keys, life), timeout_s=120)
         if attach:
             each = zip(ids, drafts, strict=True)
             self._heartbeat.add({job_id: draft.spec.ttl_s or ATTACHED_TTL_S for job_id, draft in each})

@@ -139,6 +139,7 @@ class Allocator:
         self._holders = Holders()
         self._store = Link("store")
         self._submitting: dict[str, asyncio.Lock] = {}
+        self._drafting: Drafting | None = None
         self._bulk = asyncio.Lock()
         self._listing = asyncio.Semaphore(2)
         self._waits = 0
@@ -353,12 +354,13 @@ class Allocator:
             "live_jobs": len(self._writer.view().jobs),
         }
 
-    async def submit(self, texts: list[str], keys: list[str], life: str = "") -> list[str]:
+    async def submit(self, submission: tuple[list[str], list[str], str]) -> list[str]:
         """Accept requests, all or none. Durable when this returns; a key seen before gives its first job's id.
 
-        `texts`: the requests as `encode_spec` gives them. `life`: the allocator's, as told by `hello`, that the client
-        knew when it drew the keys. Raises what is wrong with a request.
+        `submission`: the requests as `encode_spec` gives them, a key for each, and the life of the allocator, as told
+        by `hello`, for which they were drawn. Raises what is wrong with a request.
         """
+        texts, keys, life = submission  # one argument, because Ray makes a step of each
         await self._up()
         if self._closing:
             raise AllocatorUnavailable("the allocator is stopping; start it again with `rmctl start`")
@@ -395,11 +397,8 @@ class Allocator:
             waits = Dependencies(self._writer, self._ledger)
             await waits.settle(name for spec, _, _ in new for name in spec.after)
             # From here to the writer's inbox nothing is waited for: what was settled stays so.
-            state = self._writer.state
-            drafting = Drafting(
-                state.policy, state.node_shapes(), self._clock(), awaited=state.launches.awaited
-            )
-            drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after))) for spec, key, _ in new]
+            drafting, now = self._drafting_now(), self._clock()
+            drafts = [(spec, key, drafting.draft(spec, waits.left(spec.after), now)) for spec, key, _ in new]
             new_texts = [text for _, _, text in new]
             try:
                 accepted = await self._writer.submit(drafts, new_texts, self._requests.keep) if drafts else []
@@ -413,6 +412,15 @@ class Allocator:
                 self._keys.accepted(key, job_id)
                 known[key] = job_id
         return [known[key] for key in keys]
+
+    def _drafting_now(self) -> Drafting:
+        """By the rules and the nodes as they are."""
+        state = self._writer.state
+        rules = state.policy, state.node_shapes()
+        awaited = state.launches.awaited
+        if self._drafting is None or not self._drafting.serves(*rules, awaited=awaited):
+            self._drafting = Drafting(*rules, awaited=awaited)
+        return self._drafting
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, whose: str) -> AsyncIterator[None]:

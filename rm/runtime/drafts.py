@@ -24,6 +24,7 @@ COMMIT_S = 0.02
 Make = Callable[[str, int], Job]
 
 
+GANGS_KEPT = 1_000
 MOST_STORED_BYTES = 256 * 1024
 """Of one request, as the ledger stores it. An operating system takes not much more as a command line."""
 MOST_STORED_AT_ONCE_BYTES = 64 * 2**20
@@ -71,23 +72,24 @@ def _largest(spec: JobSpec) -> str:
 
 
 class Drafting:
-    """Makes drafts under one policy, for nodes of these shapes, at one moment.
+    """Makes drafts under one policy, for nodes of these shapes.
 
     `awaited`: node types may become known that are not among the shapes. What could not be held by these is accepted
     then, and how many bundles a number of GPUs is stays open.
     """
 
-    def __init__(
-        self, policy: Policy, shapes: Sequence[NodeShape], now: float, *, awaited: bool = False
-    ) -> None:
+    def __init__(self, policy: Policy, shapes: Sequence[NodeShape], *, awaited: bool = False) -> None:
         self._policy = policy
         self._shapes = shapes
-        self._now = now
         self._awaited = awaited
         self._gangs: dict[str, Gang] = {}
-        """Thousands of jobs of one submission mostly ask for the same."""
+        """Thousands of jobs mostly ask for the same."""
 
-    def draft(self, spec: JobSpec, after: tuple[str, ...]) -> Make:
+    def serves(self, policy: Policy, shapes: Sequence[NodeShape], *, awaited: bool) -> bool:
+        """Whether another one, made of these, would make the same."""
+        return policy is self._policy and shapes == self._shapes and awaited == self._awaited
+
+    def draft(self, spec: JobSpec, after: tuple[str, ...], now: float) -> Make:
         """What makes the job from its id and number. Raises UnknownQueue, InvalidSpec, Infeasible.
 
         `after`: the jobs that it still has to wait for.
@@ -96,9 +98,11 @@ class Drafting:
         asked = spec.resources.model_dump_json()
         gang = self._gangs.get(asked)
         if gang is None:
+            if len(self._gangs) >= GANGS_KEPT:
+                self._gangs.clear()
             gang = self._gangs[asked] = self._gang(spec)
         priority = queue.default_priority if spec.priority is None else spec.priority
-        limit_s, now = time_limit(spec, queue), self._now
+        limit_s = time_limit(spec, queue)
         uncut = self._awaited and spec.resources.to_be_cut
 
         def make(job_id: str, seq: int) -> Job:

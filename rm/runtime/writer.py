@@ -264,10 +264,13 @@ class Writer:
         if not self._inbox:
             now = self._clock()
             due = self.state.next_due(now)
+            # Not `wait_for`: it takes a task, and turns of the loop, for what happens hundreds of times a second.
+            alarm = due is not None and asyncio.get_running_loop().call_later(due - now, self._wake.set)
             try:
-                await asyncio.wait_for(self._wake.wait(), None if due is None else max(0.0, due - now))
-            except TimeoutError:
-                pass
+                await self._wake.wait()
+            finally:
+                if alarm:
+                    alarm.cancel()
         self._wake.clear()
 
     async def _turn(self, inbox: list[Event | _Request]) -> bool:
@@ -446,7 +449,10 @@ class Writer:
     async def _ask(self, requests: list[_Request]) -> None:
         self._inbox.extend(requests)
         self._wake.set()
-        await asyncio.gather(*(each.answer for each in requests))
+        if len(requests) == 1:
+            await requests[0].answer
+        else:
+            await asyncio.gather(*(each.answer for each in requests))
 
     @staticmethod
     def _answer_all(inbox: Iterable[Event | _Request], error: Exception) -> None:

@@ -114,7 +114,8 @@ class FakeClient(Client):
     def on_settled(self, _job_id: str) -> None:
         """All logs are whole."""
 
-    def on_submit(self, texts: list[str], _keys: list[str], _life: str) -> list[str]:
+    def on_submit(self, submission: tuple[list[str], list[str], str]) -> list[str]:
+        texts, _, _ = submission
         self.submitted += map(decode_spec, texts)
         return [f"j{number}" for number in range(1, len(texts) + 1)]
 

@@ -30,7 +30,10 @@ def test_a_fork_bomb_of_submissions_leaves_room_for_others(client) -> None:
     draft = client._draft(
         ["true"], (), {}, False, {"num_gpus": 8, "hold": True, "owner": "flood", "array": 500}
     )
-    floods = [submit.remote([encode_spec(draft.spec)], [f"flood-{os.getpid()}-{number}"]) for number in range(4)]
+    floods = [
+        submit.remote(([encode_spec(draft.spec)], [f"flood-{os.getpid()}-{number}"], ""))
+        for number in range(4)
+    ]
     job = client.submit("echo served", num_gpus=1)
     assert job.wait(120).status == "SUCCEEDED"
     arrays = [ids[0] for ids in ray.get(floods)]

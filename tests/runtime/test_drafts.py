@@ -33,7 +33,7 @@ POLICY = Policy(
 
 def job(policy: Policy = POLICY, **fields: Any) -> Job:
     spec = build_spec(**{"kind": "command", "command": ("true",), "num_gpus": 1, "owner": "ada", **fields})
-    return Drafting(policy, SHAPES, 5.0).draft(spec, spec.after)("j1", 1)
+    return Drafting(policy, SHAPES).draft(spec, spec.after, 5.0)("j1", 1)
 
 
 def asked(**fields: Any) -> JobSpec:
@@ -98,13 +98,13 @@ def test_a_request_too_large_for_the_ledger_names_its_largest_part(
 def test_nothing_is_infeasible_while_node_types_are_awaited(
     fields: dict[str, Any], gang: str, uncut: bool
 ) -> None:
-    drafting = Drafting(POLICY, SHAPES, 5.0, awaited=True)
-    made = drafting.draft(asked(**fields), ())("j1", 1)
+    drafting = Drafting(POLICY, SHAPES, awaited=True)
+    made = drafting.draft(asked(**fields), (), 5.0)("j1", 1)
     assert (str(made.gang), made.uncut) == (gang, uncut)
-    known = Drafting(POLICY, SHAPES, 5.0)
+    known = Drafting(POLICY, SHAPES)
     if fields["num_gpus"] != 12:
         with pytest.raises(Infeasible):
-            known.draft(asked(**fields), ())
+            known.draft(asked(**fields), (), 5.0)
 
 
 def test_a_submission_too_large_for_the_ledger_counts_each_job_of_an_array() -> None:
@@ -246,3 +246,13 @@ def test_an_end_that_is_being_committed_is_waited_for(tmp_path: Path) -> None:
         await until(lambda: not writer.view().jobs)
 
     with_writer(tmp_path, body)
+
+
+def test_drafts_serve_as_long_as_rules_and_nodes_are_the_same() -> None:
+    drafting = Drafting(POLICY, SHAPES)
+    assert drafting.serves(POLICY, (NodeShape(8, 64_000, 2**36, most=2),), awaited=False)
+    assert not drafting.serves(POLICY, (*SHAPES, *SHAPES), awaited=False)
+    assert not drafting.serves(Policy(POLICY.queues), SHAPES, awaited=False), (
+        "other rules, though they say the same"
+    )
+    assert not drafting.serves(POLICY, SHAPES, awaited=True)

@@ -46,7 +46,7 @@ def test_what_carries_an_environment_does_not_print_it() -> None:
     process = RankProcess(0, ("true",), {"A": SECRET}, "/", "/o", "/e")
     config = Config(ledger_url=f"postgresql://rm:{SECRET}@db/rm")
     shapes = [NodeShape(1, 1000, 0)]
-    job = Drafting(Policy(), shapes, 0.0).draft(spec(), ())("j1", 1)
+    job = Drafting(Policy(), shapes).draft(spec(), (), 0.0)("j1", 1)
 
     async def request() -> _Request:
         answer = asyncio.get_running_loop().create_future()
