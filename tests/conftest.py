@@ -5,10 +5,11 @@ Every test on it starts and ends with nothing charged, no group and no user proc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,31 @@ os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
 """Ray's agent on each node measures all processes every 5 s, which costs more than most tests."""
 os.environ["RM_CHECK"] = "1"
 """The allocator under test checks its state after every batch."""
+JOBS_TOLD = 20
+"""Jobs of which the report of a failed test tells."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails on the shared cluster tells what its jobs went through, while the ledger is still there."""
+    report = yield
+    client = getattr(item, "funcargs", {}).get("client")
+    if report.when == "call" and report.failed and client is not None:
+        with contextlib.suppress(Exception):
+            report.sections.append(("ledger", _story(client)))
+    return report
+
+
+def _story(client: Any) -> str:
+    """Nodes and queues, the newest jobs with what they wait for, and their events."""
+    jobs = client.jobs(all=True, limit=JOBS_TOLD)
+    lines = [str(each) for each in (*client.nodes(), *client.queues(), client.audit(look=False))]
+    lines += [f"{job.id} {job.last.status} on {job.last.stand!r}: {job.why()}" for job in jobs]
+    events = sorted((event for job in jobs for event in job.events()), key=lambda event: event.seq)
+    lines += [f"{event.at:.3f} {event.job_id} {event.kind} {event.body}" for event in events]
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="session")
