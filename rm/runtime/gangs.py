@@ -56,6 +56,7 @@ SLOW_S = 1.0
 """After this long, a group whose GPUs were free is looked after, and then each time again."""
 BRIEF_S = 0.15
 """A run that is shorter tells that it has started when it ends, which saves a call and a commit."""
+STARTED_AGAIN_S = 1.0
 UNSETTLED_KEPT = 2_000
 """Jobs that ended last of which it is remembered who has their logs: those before have long sent them."""
 
@@ -574,9 +575,17 @@ class _GangRun:
 
     async def _tell_started(self, keys: list[str], seats: list[Seat]) -> None:
         await asyncio.sleep(BRIEF_S)
-        calls = [handle.started.remote(key) for handle, key in zip(self._handles, keys, strict=True)]
-        await asyncio.gather(*calls)
-        self._post_started(seats)
+        while True:
+            calls = [handle.started.remote(key) for handle, key in zip(self._handles, keys, strict=True)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            failed = next((each for each in answers if isinstance(each, BaseException)), None)
+            if failed is None:
+                self._post_started(seats)
+                return
+            # A runner that is lost ends the run, and this with it. One that only could not be reached for a moment
+            # has to be asked again: nobody else would ever say that the job runs.
+            log.warning("%s: a runner does not say whether it has started: %s", self._attempt, failed)
+            await asyncio.sleep(STARTED_AGAIN_S)
 
     def _post_started(self, seats: list[Seat]) -> None:
         if self._told_started:
