@@ -191,9 +191,15 @@ class FileStore:
                 self._close(path, position)
 
     def end_all_logs(self, ends: list[LogEnd]) -> None:
-        """`end_logs` for each."""
+        """`end_logs` for each. One that fails keeps none of the others from being written."""
+        failed: OSError | None = None
         for end in ends:
-            self.end_logs(*end)
+            try:
+                self.end_logs(*end)
+            except OSError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

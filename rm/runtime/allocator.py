@@ -59,6 +59,7 @@ from rm.runtime.group_removal import all_of
 from rm.runtime.holders import Holders
 from rm.runtime.keys import Keys
 from rm.runtime.links import Link
+from rm.runtime.log_ends import LogEnds
 from rm.runtime.node_names import named
 from rm.runtime.nodes import NodeWatch
 from rm.runtime.old_world import OldWorld
@@ -185,7 +186,8 @@ class Allocator:
             poll_s=config.node_poll_s,
             kept=self._wardens.units,
         )
-        self._stands = Stands(self._placements, runners, self._watch, config.keep_warm_s)
+        ends = LogEnds(self._store)
+        self._stands = Stands(self._placements, runners, self._watch, ends, config.keep_warm_s)
         self._autoscaler = Autoscaler(
             lambda event: self._writer.post(event),
             clock=self._clock,
@@ -206,6 +208,7 @@ class Allocator:
             self._placements,
             runners,
             self._stands,
+            ends,
             self._watch,
             lambda event: self._writer.post(event),
             self._clock,
@@ -407,11 +410,11 @@ class Allocator:
                 known = await self._keys.stored(specs, keys)
                 if len(known) < len(keys):
                     raise
-                return [known[key] for key in keys]
-            for (_, key, _), job_id in zip(new, accepted, strict=True):
-                self._keys.accepted(key, job_id)
-                known[key] = job_id
-        return [known[key] for key in keys]
+            else:
+                known |= {key: job_id for (_, key, _), job_id in zip(new, accepted, strict=True)}
+            ids = [known[key] for key in keys]
+            self._keys.accepted(keys, ids)
+        return ids
 
     def _drafting_now(self) -> Drafting:
         """By the rules and the nodes as they are."""

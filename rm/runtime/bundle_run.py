@@ -25,7 +25,6 @@ from rm.runtime.shipping import LogShipper
 from rm.runtime.tail import last_lines
 from rm.runtime.workspace import Spare, Workspace, clear_stale
 from rm.runtime.xid_watch import XidWatch
-from rm.store import LogEnd
 
 REPORT_S = 0.5
 """How often progress is read and passed on."""
@@ -60,6 +59,7 @@ class BundleRun:
         self._spare = spare
         self._task: asyncio.Task[RunResult] | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._shipped = asyncio.Event()
         self._shipper: LogShipper | None = None
         self._started: asyncio.Event = asyncio.Event()
         self._launched: Launched | None = None
@@ -89,6 +89,11 @@ class BundleRun:
         if self._settling is not None and not self._settling.done():
             self._ends.hurry()
             await asyncio.wait([self._settling])
+
+    async def shipped(self) -> None:
+        """Of a run that has ended: returns when what is left of its logs, if anything is, is with the `ends`."""
+        self._is_awaited = True
+        await self._shipped.wait()
 
     async def result(self, order: RunOrder) -> RunResult:
         """Run the ranks to their end; a second call waits for the same run."""
@@ -127,20 +132,24 @@ class BundleRun:
             self._settling = asyncio.create_task(self._settle(workspace))
 
     async def _settle(self, workspace: Workspace) -> None:
-        end: LogEnd | None = None
+        sending: asyncio.Future[None] | None = None
         try:
-            if self._shipper is not None:
-                end = await self._shipper.finish()
+            if self._shipper is not None and (end := await self._shipper.finish()) is not None:
+                sending = self._ends.send(end, at_once=self._is_awaited)
+            self._shipped.set()  # meanwhile the files go, which may be many
             with contextlib.suppress(FileNotFoundError):
                 imported = modules_path(workspace.result).read_text().split()
                 self._preloading.learn(workspace.processes()[0], imported)
         finally:
-            if not workspace.give_back():
-                await asyncio.to_thread(workspace.remove)
-            if workspace.is_look_due():
-                await asyncio.to_thread(clear_stale, workspace.path.parent)
-            if end is not None:
-                await self._ends.send(end, at_once=self._is_awaited)
+            self._shipped.set()
+            try:
+                if not workspace.give_back():
+                    await asyncio.to_thread(workspace.remove)
+                if workspace.is_look_due():
+                    await asyncio.to_thread(clear_stale, workspace.path.parent)
+            finally:
+                if sending is not None:
+                    await sending
 
     async def _run_in(self, workspace: Workspace, order: RunOrder) -> RunResult:
         store = self._store

@@ -39,12 +39,13 @@ from rm.core.events import (
 from rm.core.model import Job, Kind, Outcome, Status, attempt_key, units_by_node
 from rm.core.resources import gpu_count
 from rm.ledger import Ledger
+from rm.runtime.log_ends import LogEnds
 from rm.runtime.nodes import NodeGone, NodeWatch, Seen
 from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.placements import Placements
 from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
-from rm.runtime.stands import Stands, settled
+from rm.runtime.stands import SETTLE_S, Stands, answers
 from rm.spec import Config, JobSpec
 
 log = logging.getLogger("rm.gangs")
@@ -76,6 +77,7 @@ class Gangs:
         placements: Placements,
         runners: Runners,
         stands: Stands,
+        ends: LogEnds,
         watch: NodeWatch,
         post: Callable[[Event], None],
         clock: Callable[[], float],
@@ -91,6 +93,7 @@ class Gangs:
         self._placements = placements
         self._runners = runners
         self._stands = stands
+        self._ends = ends
         self._watch = watch
         self._post = post
         self._clock = clock
@@ -357,10 +360,10 @@ class Gangs:
         # A lease whose node died still waits for its stop.
         self._stopping((effect.job_id, effect.attempt)).ask(0)
         if self._kept.pop(attempt, None) is None:
-            if self._unsettled.get(effect.job_id, ("",))[0] == attempt:
-                await self.settled(effect.job_id)
+            ended, runners, _ = self._unsettled.get(effect.job_id, ("", [], []))
             node_ids = {each.node_id for each in effect.placed}
-            await self._stands.take_down(attempt, node_ids, effect.gang.count)
+            count = effect.gang.count
+            await self._stands.take_down(attempt, node_ids, count, runners if ended == attempt else ())
         self._post(PlacementReleased(self._clock(), effect.job_id, effect.attempt))
 
     # --- what is left when a run has ended ------------------------------------------------------------------
@@ -375,12 +378,12 @@ class Gangs:
     async def settled(self, job_id: str) -> None:
         """Returns when the logs of the job's last attempt that has ended are whole, or can't become so any more."""
         ended = self._unsettled.get(job_id)
-        if ended is None:
-            return
-        _, runners, keys = ended
-        await settled(runner.settled.remote(key) for runner, key in zip(runners, keys, strict=True))
-        if self._unsettled.get(job_id) is ended:
-            del self._unsettled[job_id]
+        if ended is not None:
+            _, runners, keys = ended
+            await answers(runner.settled.remote(key) for runner, key in zip(runners, keys, strict=True))
+            if self._unsettled.get(job_id) is ended:
+                del self._unsettled[job_id]
+        await self._ends.delivered(SETTLE_S)  # if the runners were ended before they could send it
 
 
 class RunnerGone(Exception):

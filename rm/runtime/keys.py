@@ -45,9 +45,11 @@ class Keys:
         each = zip(specs, keys, strict=True)
         return {key: _submission_id(spec, found[key]) for spec, key in each if key in found}
 
-    def accepted(self, key: str, submission_id: str) -> None:
-        """A request was accepted."""
-        self._accepted[key] = submission_id
+    def accepted(self, keys: Sequence[str], submission_ids: Sequence[str]) -> None:
+        """The requests of a submission were accepted."""
+        if len(keys) > FEW:
+            return  # they are looked up, and would make those forgotten that are not
+        self._accepted |= zip(keys, submission_ids, strict=True)
         while len(self._accepted) > KEPT:
             self._accepted.popitem(last=False)
 

@@ -26,12 +26,15 @@ from rm.runtime.orders import RunOrder, RunResult, Seat
 from rm.runtime.preloading import Preloading
 from rm.runtime.workspace import Spare, scratch_root, spare_path
 from rm.runtime.xid_watch import XidWatch
+from rm.store import LogEnd
 
 log = logging.getLogger("rm.runner")
 
 EMPTY_WITHIN_S = 10.0
 """How long the driver may take to give the memory of a process back that is gone."""
 LOOK_S = 0.1
+HAND_IN_S = 0.5
+"""How long the store may take until somebody else has to send the ends of logs: GPUs are not to wait for it."""
 
 
 class Runner:
@@ -93,9 +96,10 @@ class Runner:
         if (run := self._runs.get(key)) is not None:
             await run.settled()
 
-    async def all_settled(self) -> None:
-        """The same for all runs that have ended here."""
-        await asyncio.gather(*(run.settled() for run in self._runs.values() if run.ended))
+    async def hand_in(self) -> list[LogEnd]:
+        """Before this runner is ended: what is left of the logs of ended runs is sent. Returns what can't be."""
+        await asyncio.gather(*(run.shipped() for run in self._runs.values() if run.ended))
+        return await self._ends.hand_in(HAND_IN_S)
 
     async def life(self) -> None:
         """Returns when it is called again: else, whoever waits for it learns at once that this runner has died.

@@ -20,10 +20,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from rm.core.model import Gang, PlacedBundle, units_by_node
 from rm.core.resources import GPU_UNIT, Bundle
+from rm.runtime.log_ends import LogEnds
 from rm.runtime.nodes import NodeWatch, Seen
 from rm.runtime.orders import Seat
 from rm.runtime.placements import Placements
@@ -31,6 +33,7 @@ from rm.runtime.runners import Runners
 
 log = logging.getLogger("rm.stands")
 
+Answer = TypeVar("Answer")
 SETTLE_S = 65.0
 """A little longer than a runner looks for a store that is away."""
 REMOVE_AGAIN_S = 5.0
@@ -57,7 +60,11 @@ class Stand:
 class Stands:
     """The stands of one ledger. Runs in the writer's event loop."""
 
-    def __init__(self, placements: Placements, runners: Runners, watch: NodeWatch, keep_s: float) -> None:
+    def __init__(
+        self, placements: Placements, runners: Runners, watch: NodeWatch, ends: LogEnds, keep_s: float
+    ) -> None:
+        """`ends`: sends what runners can't send before they end."""
+        self._ends = ends
         self._placements = placements
         self._runners = runners
         self._watch = watch
@@ -77,8 +84,15 @@ class Stands:
         """The stand that the attempt has taken over; None where its runners have to be started or found."""
         return self._taken.get(attempt)
 
-    async def take_down(self, attempt: str, node_ids: set[str], count: int) -> None:
-        """End the runners, remove the group, and see its GPUs free. Returns when that is so, however long it takes."""
+    async def take_down(
+        self, attempt: str, node_ids: set[str], count: int, runners: Iterable[Any] = ()
+    ) -> None:
+        """End the runners, remove the group, and see its GPUs free. Returns when that is so, however long it takes.
+
+        `runners`: those that may have logs left to send, where the attempt has no stand that was handed on to it.
+        """
+        stand = self._taken.get(attempt) or self._leaving.get(attempt)
+        await self._collect(stand.runners if stand is not None else runners)
         while True:
             try:
                 await self._runners.kill(self._placements.name(attempt), count)
@@ -225,10 +239,19 @@ class Stands:
 
     async def _retired(self, stand: Stand) -> None:
         try:
-            await settled(runner.all_settled.remote() for runner in stand.runners)
             await self.take_down(stand.holder, set(stand.units), len(stand.runners))
         finally:
             self._leaving.pop(stand.holder, None)
+
+    async def _collect(self, runners: Iterable[Any]) -> None:
+        """Have runners send what is left of logs, and send in their place what the store does not take now."""
+        try:
+            left = await answers([runner.hand_in.remote() for runner in runners])
+        except Exception:
+            log.warning("logs may be lost: their runners can't be asked for them", exc_info=True)
+            return
+        for end in chain.from_iterable(left):
+            self._ends.send(end, at_once=True)
 
     async def _mourn(self, stand: Stand) -> None:
         """Take it down when a runner dies while nobody needs it. Who has it then notices by himself."""
@@ -246,15 +269,13 @@ class Stands:
         task.add_done_callback(among.discard)
 
 
-async def settled(calls: Iterable[Awaitable[None]]) -> None:
-    """Wait until runners have sent the ends of logs away, but not for ever: whoever is dead sends no more."""
-    answers = [asyncio.ensure_future(each) for each in calls]
-    if not answers:
-        return
-    await asyncio.wait(answers, timeout=SETTLE_S)
-    for each in answers:
-        if not each.cancel():
-            each.exception()
+async def answers(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
+    """What runners say that are asked about the ends of logs; but not for ever, and whoever is dead says no more."""
+    asked = [asyncio.ensure_future(each) for each in calls]
+    if not asked:
+        return []
+    await asyncio.wait(asked, timeout=SETTLE_S)
+    return [each.result() for each in asked if not each.cancel() and each.exception() is None]
 
 
 def env_key(runtime_env: dict[str, Any]) -> str:

@@ -125,6 +125,21 @@ def test_a_runner_that_dies_in_starting_beside_the_allocator_is_not_made_anew(cl
     assert (view.attempts, view.infra_failures, view.failures) == (2, 0, 0), "and that costs no retry"
 
 
+def test_gpus_do_not_wait_for_a_store_that_is_away(client) -> None:
+    """The ends of logs are in the runner's memory, and the runner has to go to make room for another kind of job."""
+    first = client.submit("echo the last words", num_gpus=1, gpu_type="H100")
+    wait_until(lambda: first.view().ended, what="it has ended")
+    store = actor_pids()["store"]
+    os.kill(store, signal.SIGSTOP)
+    try:
+        other = client.submit("sleep 60", num_gpus=8, gpu_type="H100")
+        wait_until(lambda: other.status == "RUNNING", 5, "the other kind runs")
+    finally:
+        os.kill(store, signal.SIGCONT)
+    assert first.logs() == "the last words\n"
+    other.cancel()
+
+
 def test_the_store_is_killed_and_no_line_is_lost(client) -> None:
     job = client.submit("for i in $(seq 200); do echo $i; sleep 0.01; done", num_gpus=1)
     wait_until(lambda: job.logs(), what="it prints")

@@ -36,7 +36,7 @@ def test_keys_of_this_life_are_known_without_the_ledger() -> None:
     ledger = FakeLedger()
     keys = made(ledger)
     assert asyncio.run(keys.known([spec()], ["a"], keys.life)) == {}
-    keys.accepted("a", "j1")
+    keys.accepted(["a"], ["j1"])
     assert asyncio.run(keys.known([spec()] * 2, ["a", "b"], keys.life)) == {"a": "j1"}
     assert not ledger.asked
 
@@ -61,6 +61,8 @@ def test_the_oldest_are_forgotten(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "KEPT", 2)
     keys = made(FakeLedger(a="j1"))
     for number, key in enumerate("abc", 1):
-        keys.accepted(key, f"j{number}")
+        keys.accepted([key], [f"j{number}"])
+    many = [f"k{number}" for number in range(FEW + 1)]
+    keys.accepted(many, many)
     assert asyncio.run(keys.known([spec()] * 3, ["a", "b", "c"], keys.life)) == {"b": "j2", "c": "j3"}
     assert asyncio.run(keys.stored([spec()], ["a"])) == {"a": "j1"}

@@ -14,7 +14,9 @@ from rm.store import LogEnd
 
 
 class FakeStore:
-    """Takes calls down; the first `away` of them fail."""
+    """Takes calls down; the first `away` of them fail with `error`."""
+
+    error: Exception = RayError("the store is away")
 
     def __init__(self, away: int = 0) -> None:
         self.calls: list[list[LogEnd]] = []
@@ -25,7 +27,7 @@ class FakeStore:
         await asyncio.sleep(0)
         if self.away:
             self.away -= 1
-            raise RayError("the store is away")
+            raise self.error
         self.calls.append(ends)
 
 
@@ -45,11 +47,15 @@ def made(store: FakeStore) -> LogEnds:
     return LogEnds(link)
 
 
+async def sent(store: FakeStore, *, at_once: bool = True) -> None:
+    await made(store).send(end(0), at_once=at_once)
+
+
 def test_ends_wait_for_each_other_and_travel_together() -> None:
     async def play() -> list[list[LogEnd]]:
         store = FakeStore()
         ends = made(store)
-        waiting = [asyncio.create_task(ends.send(end(number), at_once=False)) for number in range(3)]
+        waiting = [ends.send(end(number), at_once=False) for number in range(3)]
         _, pending = await asyncio.wait(waiting, timeout=0.05)
         assert len(pending) == 3 and not store.calls
         ends.hurry()
@@ -63,7 +69,7 @@ def test_one_that_is_awaited_takes_the_others_along() -> None:
     async def play() -> list[list[LogEnd]]:
         store = FakeStore()
         ends = made(store)
-        first = asyncio.create_task(ends.send(end(0), at_once=False))
+        first = ends.send(end(0), at_once=False)
         await asyncio.sleep(0)
         await ends.send(end(1), at_once=True)
         await first
@@ -76,7 +82,7 @@ def test_one_that_is_awaited_takes_the_others_along() -> None:
 def test_nobody_waits_for_longer_than_the_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_ends, "LINGER_S", 0.01)
     store = FakeStore()
-    asyncio.run(made(store).send(end(0), at_once=False))
+    asyncio.run(sent(store, at_once=False))
     assert store.calls == [[end(0)]]
 
 
@@ -85,7 +91,7 @@ def test_a_hurry_of_before_is_not_remembered() -> None:
         store = FakeStore()
         ends = made(store)
         ends.hurry()
-        waiting = asyncio.create_task(ends.send(end(0), at_once=False))
+        waiting = ends.send(end(0), at_once=False)
         await asyncio.wait([waiting], timeout=0.05)
         assert not store.calls
         ends.hurry()
@@ -96,14 +102,14 @@ def test_a_hurry_of_before_is_not_remembered() -> None:
 
 def test_a_store_that_is_away_is_asked_again() -> None:
     store = FakeStore(away=3)
-    asyncio.run(made(store).send(end(0), at_once=True))
+    asyncio.run(sent(store))
     assert store.calls == [[end(0)]]
 
 
 def test_a_store_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_ends, "GIVE_UP_S", -1)
     store = FakeStore(away=10)
-    asyncio.run(made(store).send(end(0), at_once=True))
+    asyncio.run(sent(store))
     assert store.calls == [] and store.away == 9
 
 
@@ -111,11 +117,63 @@ def test_what_comes_while_others_are_sent_goes_with_the_next() -> None:
     async def play() -> list[list[LogEnd]]:
         store = FakeStore(away=50)
         ends = made(store)
-        first = asyncio.create_task(ends.send(end(0), at_once=True))
+        first = ends.send(end(0), at_once=True)
         while store.away > 40:
             await asyncio.sleep(0)
-        second = asyncio.create_task(ends.send(end(1), at_once=True))
+        second = ends.send(end(1), at_once=True)
         await asyncio.gather(first, second)
         return store.calls
 
     assert asyncio.run(play()) == [[end(0)], [end(1)]]
+
+
+def test_what_the_store_does_not_take_is_handed_in() -> None:
+    async def play() -> None:
+        store = FakeStore(away=10**9)
+        ends = made(store)
+        under_way = ends.send(end(0), at_once=True)
+        await asyncio.sleep(0.01)
+        waiting = ends.send(end(1), at_once=False)
+        assert await ends.hand_in(0.02) == [end(0), end(1)]
+        await asyncio.wait_for(asyncio.gather(under_way, waiting), 1)
+        assert await ends.hand_in(0.02) == [], "once"
+        store.away = 0
+        await ends.send(end(2), at_once=True)
+
+    asyncio.run(play())
+
+
+def test_what_it_takes_is_not_handed_in() -> None:
+    async def play() -> None:
+        store = FakeStore(away=3)
+        ends = made(store)
+        ends.send(end(0), at_once=False)
+        assert await ends.hand_in(5) == []
+        assert store.calls == [[end(0)]]
+        ends.send(end(1), at_once=False)
+        await ends.delivered(5)
+        assert store.calls[1:] == [[end(1)]]
+        await ends.delivered(5)
+
+    asyncio.run(play())
+
+
+def test_an_error_that_nobody_thought_of_leaves_nobody_waiting() -> None:
+    store = FakeStore(away=1)
+    store.error = KeyError("odd")
+    asyncio.run(asyncio.wait_for(sent(store), 5))
+    assert store.calls == []
+
+
+def test_a_store_of_before_is_asked_in_its_own_words() -> None:
+    asked = []
+
+    class Old:
+        async def call(self, method: str, *arguments: Any) -> None:
+            if method == "end_all_logs":
+                raise AttributeError(method)
+            asked.append((method, *arguments))
+
+    old: Any = Old()
+    asyncio.run(asyncio.wait_for(sent(old), 5))
+    assert asked == [("end_logs", *end(0))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray._raylet import PlacementGroupID
@@ -46,22 +47,30 @@ class World:
         self.placements = PlayedPlacements()
         self.seen_gone = asyncio.Event()
         self.killed: list[str] = []
-        self.stands = Stands(self.placements, self, self, keep_s=60)  # type: ignore[arg-type]
+        self.sent: list[Any] = []
+        self.stands = Stands(self.placements, self, self, self, keep_s=60)  # type: ignore[arg-type]
 
     async def kill(self, attempt: str, count: int) -> None:
         self.killed.append(attempt)
+
+    def send(self, end: Any, *, at_once: bool) -> None:
+        assert at_once
+        self.sent.append(end)
 
     async def until(self, *_: object) -> bool:
         await self.seen_gone.wait()
         return True
 
-    def end(self, attempt: str) -> bool:
-        """The attempt has ended on a stand that was made for it, and the stand is to be kept."""
+    def end(self, attempt: str, *left: Any) -> bool:
+        """The attempt has ended on a stand that was made for it, and the stand is to be kept.
+
+        `left`: what its runner can't get rid of.
+        """
         if self.placements.handle(attempt) is None:
             self.placements.make(attempt)
         runner = SimpleNamespace(
             life=SimpleNamespace(remote=asyncio.get_running_loop().create_future),
-            all_settled=SimpleNamespace(remote=lambda: asyncio.sleep(0)),
+            hand_in=SimpleNamespace(remote=lambda: asyncio.sleep(0, list(left))),
         )
         return self.stands.keep(attempt, GANG, PLACED, {}, [runner], [])
 
@@ -132,5 +141,44 @@ def test_a_stand_keeps_its_name_through_many_hands(hands: int) -> None:
         world.seen_gone.set()
         await world.stands.all_gone()
         assert world.placements.removed == world.killed == ["j1.1"]
+
+    played(body)
+
+
+def test_what_the_runners_of_a_stand_could_not_send_is_sent_when_they_are_ended() -> None:
+    """Whoever had the stand last need not have run at all."""
+
+    async def body(world: World) -> None:
+        world.end("j1.1", ("kabc-j1", 1, []))
+        assert world.stands.take("j2.1", GANG, PLACED, {})
+        world.seen_gone.set()
+        await world.stands.take_down("j2.1", {"n1"}, 1)
+        await until(lambda: world.sent == [("kabc-j1", 1, [])])
+
+    played(body)
+
+
+def test_a_stand_that_nobody_takes_hands_in_as_well() -> None:
+    async def body(world: World) -> None:
+        world.end("j1.1", ("kabc-j1", 1, []))
+        world.seen_gone.set()
+        world.stands.retire_all()
+        await world.stands.all_gone()
+        await until(lambda: world.sent == [("kabc-j1", 1, [])])
+
+    played(body)
+
+
+def test_runners_that_can_not_be_asked_are_ended_all_the_same() -> None:
+    """Of another version, or dead."""
+
+    async def body(world: World) -> None:
+        world.placements.make("j1.1")
+        world.seen_gone.set()
+        dead = SimpleNamespace(hand_in=SimpleNamespace(remote=lambda: asyncio.wait_for(asyncio.sleep(1), 0)))
+        await world.stands.take_down("j1.1", {"n1"}, 1, [dead])
+        world.placements.make("j2.1")
+        await world.stands.take_down("j2.1", {"n1"}, 1, [SimpleNamespace()])
+        assert world.killed == ["j1.1", "j2.1"]
 
     played(body)
