@@ -1,11 +1,12 @@
 """Whether a job costs the head more when the cluster has more nodes.
 
-    python benchmarks/nodes.py [--nodes 1 4 16] [--jobs 200] [--json]
+    python benchmarks/nodes.py [--nodes 1 4 16] [--jobs 200] [--at-once 96] [--json]
 
 For each size a Ray of its own with so many local raylets, each with 8 logical GPUs, and one allocator. On each, no-op
 jobs of one shape at a time, all submitted at once: of 1 GPU, of a whole node, and gangs over several nodes as far as
 there are any. Printed is the processor time that the head spends on a job: allocator, store and GCS. Processes of the
 jobs and their runners are the nodes' business; here they share the cores, so that jobs per second say nothing of nodes.
+Each runner is a process of some 70 MB, so no more than `--at-once` bundles run at a time, the next when these have ended.
 What a decision costs on 10,000 nodes is told by `benchmarks/scheduler.py`.
 """
 
@@ -37,27 +38,31 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=200, help="jobs of 1 GPU; of n GPUs a share of them, 20 at least"
     )
+    parser.add_argument("--at-once", type=int, default=96, help="bundles that run at a time")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = [each for count in options.nodes for each in measure(count, options.jobs)]
+    rows = [each for count in options.nodes for each in measure(count, options.jobs, options.at_once)]
     print(json.dumps(rows, indent=2) if options.json else table(rows))
 
 
-def measure(count: int, jobs: int) -> list[dict[str, Any]]:
+def measure(count: int, jobs: int, bundles: int) -> list[dict[str, Any]]:
     with (
         tempfile.TemporaryDirectory(prefix="rm-n-", ignore_cleanup_errors=True) as home,
         cluster(count, home) as client,
     ):
         rows = []
         for gpus in SHAPES:
-            at_once = count * GPUS // gpus
-            if not at_once:
+            room = count * GPUS // gpus
+            if not room:
                 continue
+            at_once = min(room, bundles // max(1, gpus // GPUS))
+            # Where more than that would fit, they come in turns.
+            turn = at_once if at_once < room else None
             shape = {"num_gpus": gpus} if gpus <= GPUS else {"nodes": gpus // GPUS, "gpus_per_node": GPUS}
-            run(client, WARM_UP * at_once, shape)
+            run(client, WARM_UP * at_once, shape, turn)
             number = max(20, jobs // gpus, WARM_UP * at_once)
             before, began = head_s(), time.monotonic()
-            run(client, number, shape)
+            run(client, number, shape, turn)
             wall_s = time.monotonic() - began
             spent = {name: after - before[name] for name, after in head_s().items()}
             per_job = {name: 1000 * seconds / number for name, seconds in spent.items()}
@@ -106,11 +111,14 @@ def cluster(count: int, home: str) -> Iterator[Any]:
         local.shutdown()
 
 
-def run(client: Any, number: int, shape: dict[str, int]) -> None:
-    jobs = client.submit_many(["true"] * number, **shape)
-    for job in reversed(jobs):
-        status = job.wait(600).status
-        assert status == "SUCCEEDED", status
+def run(client: Any, number: int, shape: dict[str, int], turn: int | None) -> None:
+    while number:
+        some = min(number, turn or number)
+        jobs = client.submit_many(["true"] * some, **shape)
+        for job in reversed(jobs):
+            status = job.wait(600).status
+            assert status == "SUCCEEDED", status
+        number -= some
 
 
 def head_s() -> dict[str, float]:
