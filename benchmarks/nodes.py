@@ -6,7 +6,7 @@ For each size a Ray of its own with so many local raylets, each with 8 logical G
 jobs of one shape at a time, all submitted at once: of 1 GPU, of a whole node, and gangs over several nodes as far as
 there are any. Printed is the processor time that the head spends on a job: allocator, store and GCS. Processes of the
 jobs and their runners are the nodes' business; here they share the cores, so that jobs per second say nothing of nodes.
-Each runner is a process of some 70 MB, so no more than `--at-once` bundles run at a time, the next when these have ended.
+Each runner is a process of some 70 MB, so no more than `--at-once` bundles run at a time, then the next.
 What a decision costs on 10,000 nodes is told by `benchmarks/scheduler.py`.
 """
 
