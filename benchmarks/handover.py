@@ -1,6 +1,6 @@
 """How long a GPU is idle between two jobs, how long a job waits on an idle cluster, how many jobs pass in a second.
 
-    python benchmarks/handover.py [--jobs 40] [--burst 1000] [--submissions 10000] [--keep-warm 2] [--json]
+    python benchmarks/handover.py [--jobs 40] [--burst 1000] [--submissions 10000] [--rounds 3] [--keep-warm 2] [--json]
 
 A Ray of its own: one node with 8 logical GPUs. The jobs are commands that print the time; what is measured is between
 what one job prints last and what the next prints first, so it holds the end of a process and the start of another, the
@@ -37,6 +37,8 @@ BARE = 10
 """So many times bare Ray does it: it takes seconds each."""
 BARE_BURST = 80
 SINGLE = 500
+WARM_UP = 24
+"""So many jobs start the runners that the next ones find."""
 POLLERS = 50
 AT_ONCE = 5_000
 """The most that one step may hold, for the sake of other users."""
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=40, help="jobs in a row, for each of the first two rows")
     parser.add_argument("--burst", type=int, default=1000, help="no-op jobs that are submitted at once")
     parser.add_argument("--submissions", type=int, default=10_000, help="held jobs of one submission")
+    parser.add_argument("--rounds", type=int, default=3, help="of the rates, whose median is printed")
     parser.add_argument("--keep-warm", type=float, default=2.0, help="RM_KEEP_WARM_S")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -96,10 +99,16 @@ def measure(home: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         dated = between_jobs(client, options.jobs, STAMP)
         idle = from_submission(client, options.jobs)
         functions = from_submission_of_a_function(client, options.jobs)
-        single, many = submissions(client, options.submissions)
-        alone = burst(client, options.burst)
-        with polling(cluster.address):
-            polled = burst(client, options.burst)
+        single, many, cold, warm, polled = [], [], [], [], []
+        for _ in range(options.rounds):
+            single.append(one_by_one(client))
+            many.append(many_at_once(client, options.submissions))
+            time.sleep(options.keep_warm + 2)
+            cold.append(burst(client, options.burst))
+            warm.append(burst(client, options.burst))
+            with polling(cluster.address):
+                burst(client, WARM_UP)
+                polled.append(burst(client, options.burst))
         time.sleep(options.keep_warm + 2)
         bare_gaps, bare_starts = bare_ray(run_command)
         _, bare_functions = bare_ray(run_function)
@@ -109,8 +118,13 @@ def measure(home: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             row("the same, where the lines are `date`", dated, bare_gaps, 15),
             row("submit → first line, idle cluster, command", idle, bare_starts, 30),
             row("submit → torch imported, idle cluster, function", functions, bare_functions, 80),
-            rate(f"no-op jobs on {GPUS} GPUs, {options.burst} at once", alone, 140, bare_rate),
-            rate(f"the same while {POLLERS} clients ask for the status of a job", polled, 0.9 * alone),
+            rate(f"no-op jobs on {GPUS} GPUs, {options.burst} at once", warm, 140, bare_rate),
+            rate("the same where no runner is there yet", cold, 140),
+            rate(
+                f"the same while {POLLERS} clients ask for the status of a job",
+                polled,
+                0.9 * statistics.median(warm),
+            ),
             rate("durable submissions, one by one", single, 450),
             rate(f"durable submissions, {options.submissions} in steps of {AT_ONCE}", many, 5_000),
         ]
@@ -157,18 +171,24 @@ def from_submission_of_a_function(client: Any, count: int) -> list[float]:
     return waits[2:]
 
 
-def submissions(client: Any, count: int) -> tuple[float, float]:
-    """Submissions per second: one by one, and so many at once. Held, so that nothing else is measured."""
+def one_by_one(client: Any) -> float:
+    """Submissions per second. Held, so that nothing else is measured."""
     began = time.monotonic()
     for _ in range(SINGLE):
         client.submit("true", num_gpus=1, hold=True)
-    single = SINGLE / (time.monotonic() - began)
+    per_s = SINGLE / (time.monotonic() - began)
+    client.cancel_all()
+    return per_s
+
+
+def many_at_once(client: Any, count: int) -> float:
+    """The same for so many at once."""
     began = time.monotonic()
     for part in range(0, count, AT_ONCE):
         client.submit_many([{"entry": "true", "num_gpus": 1}] * min(AT_ONCE, count - part), hold=True)
-    many = count / (time.monotonic() - began)
+    per_s = count / (time.monotonic() - began)
     client.cancel_all()
-    return single, many
+    return per_s
 
 
 @contextlib.contextmanager
@@ -275,8 +295,15 @@ def bare_burst() -> float:
     return BARE_BURST / (time.monotonic() - began)
 
 
-def rate(what: str, per_s: float, target: float, bare: float | None = None) -> dict[str, Any]:
-    return {"what": what, "per_s": per_s, "target": target, "bare_ray": bare}
+def rate(what: str, rounds: list[float], target: float, bare: float | None = None) -> dict[str, Any]:
+    return {
+        "what": what,
+        "per_s": statistics.median(rounds),
+        "lowest": min(rounds),
+        "highest": max(rounds),
+        "target": target,
+        "bare_ray": bare,
+    }
 
 
 def row(what: str, ours: list[float], bare: list[float], target_ms: float) -> dict[str, Any]:
@@ -300,12 +327,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f"| {each['what']} | {each['median_ms']:.0f} | {each['p95_ms']:.0f} | {each['bare_ray_ms']:.0f} "
                 f"| {faster:.0f} | {each['target_ms']:g} |"
             )
-    print("\n| what | per second | bare Ray | target |")
-    print("| --- | --- | --- | --- |")
+    print("\n| what | per second | lowest to highest | bare Ray | target |")
+    print("| --- | --- | --- | --- | --- |")
     for each in rows:
         if "per_s" in each:
             bare = "" if each["bare_ray"] is None else f"{each['bare_ray']:.0f}"
-            print(f"| {each['what']} | {each['per_s']:.0f} | {bare} | {each['target']:.0f} |")
+            spread = f"{each['lowest']:.0f} to {each['highest']:.0f}"
+            print(f"| {each['what']} | {each['per_s']:.0f} | {spread} | {bare} | {each['target']:.0f} |")
 
 
 if __name__ == "__main__":

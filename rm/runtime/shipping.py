@@ -57,7 +57,8 @@ class LogShipper:
         self._unsent: dict[tuple[int, str], bytes] = {}
 
     async def run(self) -> None:
-        """Follow the files until cancelled."""
+        """Follow the files until cancelled. There is nothing in them yet."""
+        await asyncio.sleep(LOOK_S)
         while True:
             try:
                 moved = await self._pass()
