@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, TextClause, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -62,13 +63,21 @@ class Database:
             self.reader.dispose()
             self.writer.dispose()  # last: SQLite then folds its write-ahead log into the file
 
+    @property
+    def _driver_error(self) -> type[Exception]:
+        """What the driver raises where it is called past SQLAlchemy."""
+        driver: Any = self.writer.dialect.loaded_dbapi
+        error: type[Exception] = driver.Error
+        return error
+
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
         if self._closed:
             raise LedgerUnavailable(f"the ledger {self.name} is closed")
         try:
             yield
-        except (SQLAlchemyError, OverflowError) as error:  # the latter: a number beyond SQLite's 64 bits
+        except (SQLAlchemyError, OverflowError, self._driver_error) as error:
+            # OverflowError: a number beyond SQLite's 64 bits.
             raise unavailable(self.name, doing, error, self.advice) from error
 
 

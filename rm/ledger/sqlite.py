@@ -204,7 +204,7 @@ def _engine(url: URL, *pragmas: str, connections: int = 1) -> Engine:
         @event.listens_for(engine, "begin")
         def _begins(connection: Connection) -> None:
             # At once, so that waiting for another writer happens here and never in the middle.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
     return engine
 
