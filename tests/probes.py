@@ -128,3 +128,11 @@ def processes_with(variable: str, *marks: str, command: str = "") -> list[int]:
         ):
             found.append(pid)
     return found
+
+
+def leads(pid: int) -> bool:
+    """Whether it leads a session. One that has just ended, like a `sleep` of a shell's, leads none."""
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False

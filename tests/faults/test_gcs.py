@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probes import actor_pids, assert_nothing_left, groups, processes_with, user_processes, wait_until
+from probes import actor_pids, assert_nothing_left, groups, leads, processes_with, user_processes, wait_until
 from redis_world import GPUS, REDIS, WHY_NOT, Readings, RedisWorld, free_port, world
 
 from rm.ledger import check
@@ -42,8 +42,9 @@ def waiting(gate: Path) -> str:
 
 
 def ranks(job: Any) -> list[int]:
-    """The pids of the job's processes that run its command."""
-    return sorted(processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e"))
+    """The pids of the job's processes that run its command. A child of theirs looks alike until it executes `sleep`."""
+    found = processes_with("RANK", f"RM_JOB_ID={job.id}\0", command="while [ ! -e")
+    return sorted(pid for pid in found if leads(pid))
 
 
 HOLDER = """

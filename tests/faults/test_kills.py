@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from probes import actor_pids, runner_pid, user_processes, wait_until
+from probes import actor_pids, leads, runner_pid, user_processes, wait_until
 
 from rm.errors import AllocatorUnavailable
 
@@ -24,14 +24,6 @@ def processes_of(job_id: str) -> list[int]:
         if words.get("RM_JOB_ID") == job_id and "RANK" in words and leads(pid):
             found.append(pid)
     return found
-
-
-def leads(pid: int) -> bool:
-    """Whether it leads a session. One that has just ended, like a `sleep` of a shell's, leads none."""
-    try:
-        return os.getsid(pid) == pid
-    except ProcessLookupError:
-        return False
 
 
 def environ(pid: int) -> dict[str, str]:
