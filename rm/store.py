@@ -190,16 +190,15 @@ class FileStore:
                 self._add(path, position, offset, data)
                 self._close(path, position)
 
-    def end_all_logs(self, ends: list[LogEnd]) -> None:
-        """`end_logs` for each. One that fails keeps none of the others from being written."""
-        failed: OSError | None = None
-        for end in ends:
+    def end_all_logs(self, ends: list[LogEnd]) -> dict[int, str]:
+        """`end_logs` for each. Returns those that could not be written, by their place in the list, and why."""
+        failed: dict[int, str] = {}
+        for place, end in enumerate(ends):
             try:
                 self.end_logs(*end)
             except OSError as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
+                failed[place] = str(error)
+        return failed
 
     def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

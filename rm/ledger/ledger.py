@@ -279,8 +279,19 @@ def _insert(connection: Connection, table: Table, rows: Sequence[Fields]) -> Non
             cursor.executemany(statement, rows)
         else:
             cursor.executemany(statement, [tuple(row[name] for name in names) for row in rows])
+    except Exception as error:
+        _note_loss(connection, error, cursor)
+        raise
     finally:
         cursor.close()
+
+
+def _note_loss(connection: Connection, error: Exception, cursor: Any) -> None:
+    """As SQLAlchemy does for its own cursors: else the end of the transaction fails again, in less telling words."""
+    dialect, raw = connection.dialect, connection.connection.dbapi_connection
+    driver: Any = dialect.loaded_dbapi
+    if isinstance(error, driver.Error) and dialect.is_disconnect(error, raw, cursor):
+        connection.invalidate(error)
 
 
 @lru_cache(maxsize=16)

@@ -138,7 +138,7 @@ def _make(url: URL, path: Path) -> None:
         finally:
             engine.dispose()
         _publish(draft, path)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, sqlite3.Error) as error:
         raise unavailable(str(path), "created", error, f"check that {path.parent} has room") from error
     finally:
         draft.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ from rm.runtime.orders import archive_id
 from rm.runtime.placements import Placements, bundle_resources
 from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
-from rm.runtime.stands import Stands
+from rm.runtime.stands import SETTLE_S, Stands
 from rm.runtime.stays import Stays
 from rm.runtime.wardens import Wardens
 from rm.runtime.writer import Writer
@@ -186,7 +186,7 @@ class Allocator:
             poll_s=config.node_poll_s,
             kept=self._wardens.units,
         )
-        ends = LogEnds(self._store)
+        ends = self._ends = LogEnds(self._store)
         self._stands = Stands(self._placements, runners, self._watch, ends, config.keep_warm_s)
         self._autoscaler = Autoscaler(
             lambda event: self._writer.post(event),
@@ -717,6 +717,7 @@ class Allocator:
         """What no job has: groups that are warm, ask for nodes or keep them, and GPUs in quarantine."""
         self._stands.retire_all()
         await self._stands.all_gone()
+        await self._ends.delivered(SETTLE_S)
         await self._asks.close()
         await self._stays.close()
         await self._wardens.close()

@@ -56,12 +56,14 @@ class Store:
         return written
 
     async def end_logs(self, job_id: str, attempt: int, last: list[LastBatch]) -> None:
-        await self.end_all_logs([(job_id, attempt, last)])
+        await asyncio.to_thread(self._files.end_logs, job_id, attempt, last)
+        self._tell(job_id)
 
-    async def end_all_logs(self, ends: list[LogEnd]) -> None:
-        await asyncio.to_thread(self._files.end_all_logs, ends)
+    async def end_all_logs(self, ends: list[LogEnd]) -> dict[int, str]:
+        failed = await asyncio.to_thread(self._files.end_all_logs, ends)
         for job_id, _, _ in ends:
             self._tell(job_id)
+        return failed
 
     async def read_log(
         self, job_id: str, attempt: int, rank: int, stream: str, offset: int, max_bytes: int

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -41,11 +42,11 @@ from rm.core.resources import gpu_count
 from rm.ledger import Ledger
 from rm.runtime.log_ends import LogEnds
 from rm.runtime.nodes import NodeGone, NodeWatch, Seen
-from rm.runtime.orders import RunOrder, RunResult, Seat
+from rm.runtime.orders import RunOrder, RunResult, Seat, archive_id
 from rm.runtime.placements import Placements
 from rm.runtime.requests import Requests
 from rm.runtime.runners import Runners
-from rm.runtime.stands import SETTLE_S, Stands, answers
+from rm.runtime.stands import SETTLE_S, Stands, settled
 from rm.spec import Config, JobSpec
 
 log = logging.getLogger("rm.gangs")
@@ -377,13 +378,14 @@ class Gangs:
 
     async def settled(self, job_id: str) -> None:
         """Returns when the logs of the job's last attempt that has ended are whole, or can't become so any more."""
-        ended = self._unsettled.get(job_id)
+        ended, deadline = self._unsettled.get(job_id), time.monotonic() + SETTLE_S
         if ended is not None:
             _, runners, keys = ended
-            await answers(runner.settled.remote(key) for runner, key in zip(runners, keys, strict=True))
+            await settled(runner.settled.remote(key) for runner, key in zip(runners, keys, strict=True))
             if self._unsettled.get(job_id) is ended:
                 del self._unsettled[job_id]
-        await self._ends.delivered(SETTLE_S)  # if the runners were ended before they could send it
+        # If the runners were ended before they could send it.
+        await self._ends.delivered(deadline - time.monotonic(), archive_id(self._ledger.key, job_id))
 
 
 class RunnerGone(Exception):
@@ -578,6 +580,7 @@ class _GangRun:
 
     async def _tell_started(self, keys: list[str], seats: list[Seat]) -> None:
         await asyncio.sleep(BRIEF_S)
+        asked_before = False
         while True:
             calls = [handle.started.remote(key) for handle, key in zip(self._handles, keys, strict=True)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -587,7 +590,9 @@ class _GangRun:
                 return
             # A runner that is lost ends the run, and this with it. One that only could not be reached for a moment
             # has to be asked again: nobody else would ever say that the job runs.
-            log.warning("%s: a runner does not say whether it has started: %s", self._attempt, failed)
+            if not asked_before:
+                log.warning("%s: a runner does not say whether it has started: %s", self._attempt, failed)
+            asked_before = True
             await asyncio.sleep(STARTED_AGAIN_S)
 
     def _post_started(self, seats: list[Seat]) -> None:

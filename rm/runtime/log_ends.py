@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ray.exceptions import RayError
 
@@ -23,9 +24,21 @@ log = logging.getLogger("rm.logs")
 LINGER_S = 0.5
 """How long an end waits for others. A node that fails within that time takes it along."""
 GIVE_UP_S = 60.0
-"""How long the store may be unreachable; then the rest of these logs is lost, and said to be."""
+"""How long it is tried to send an end; then it is lost, and said to be."""
 AGAIN_S = 1.0
-_Pending = tuple[LogEnd, "asyncio.Future[None]"]
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """An end on its way; `sent` is done when nobody here has to see to it any more."""
+
+    end: LogEnd
+    sent: asyncio.Future[None]
+    give_up_at: float
+
+    def settle(self) -> None:
+        if not self.sent.done():
+            self.sent.set_result(None)
 
 
 class LogEnds:
@@ -41,7 +54,7 @@ class LogEnds:
     def send(self, end: LogEnd, *, at_once: bool) -> asyncio.Future[None]:
         """Done when the end is in the store, or somebody else's, or is given up."""
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((end, sent))
+        self._waiting.append(_Pending(end, sent, time.monotonic() + GIVE_UP_S))
         if at_once:
             self._hurry.set()
         if self._sending is None or self._sending.done():
@@ -53,25 +66,27 @@ class LogEnds:
         if self._waiting:
             self._hurry.set()
 
-    async def delivered(self, within_s: float) -> None:
-        """Returns when all that is here by now is sent, or `within_s` has passed."""
-        await self._delivered(self._pending(), within_s)
+    async def delivered(self, within_s: float, job: str | None = None) -> None:
+        """Returns when all that is here by now is sent, or all of one job, or `within_s` has passed."""
+        pending = [each for each in self._pending() if job in (None, each.end[0])]
+        await self._delivered(pending, within_s)
 
     async def hand_in(self, within_s: float) -> list[LogEnd]:
         """What can't be sent `within_s`: it is the caller's from now on. Twice sent is once."""
         pending = self._pending()
         await self._delivered(pending, within_s)
-        left = [each for each in pending if not each[1].done()]
-        _settle(left)
-        return [end for end, _ in left]
+        left = [each for each in pending if not each.sent.done()]
+        for each in left:
+            each.settle()
+        return [each.end for each in left]
 
     async def _delivered(self, pending: Sequence[_Pending], within_s: float) -> None:
         if pending:
             self.hurry()
-            await asyncio.wait([sent for _, sent in pending], timeout=within_s)
+            await asyncio.wait([each.sent for each in pending], timeout=within_s)
 
     def _pending(self) -> list[_Pending]:
-        return [each for each in (*self._under_way, *self._waiting) if not each[1].done()]
+        return [each for each in (*self._under_way, *self._waiting) if not each.sent.done()]
 
     async def _send_all(self) -> None:
         while self._waiting:
@@ -81,39 +96,46 @@ class LogEnds:
                 pass
             self._hurry.clear()
             self._under_way, self._waiting = self._waiting, []
+            failed: list[tuple[_Pending, str]] = []
             try:
-                await self._deliver([end for end, _ in self._under_way])
+                failed = await self._try([each for each in self._under_way if not each.sent.done()])
             finally:
-                _settle(self._under_way)
+                again = [each for each, why in failed if not self._is_given_up(each, why)]
+                for each in set(self._under_way).difference(again):
+                    each.settle()
                 self._under_way = []
-
-    async def _deliver(self, ends: list[LogEnd]) -> None:
-        deadline = time.monotonic() + GIVE_UP_S
-        while True:
-            try:
-                await end_logs(self._store, ends)
-                return
-            except (RayError, ValueError):
-                if time.monotonic() > deadline:
-                    log.exception("the log store can't be reached; the ends of %d logs are lost", len(ends))
-                    return
+            if again:
+                self._waiting[:0] = again
                 await asyncio.sleep(AGAIN_S)
-            except Exception:
-                log.exception("the ends of %d logs can't be sent", len(ends))
-                return
+                self._hurry.set()
 
+    async def _try(self, batch: list[_Pending]) -> list[tuple[_Pending, str]]:
+        """Send them. Returns those that have to be sent again, and why."""
+        ends = [each.end for each in batch]
+        try:
+            failed: dict[int, str] = await self._store.call("end_all_logs", ends)
+        except AttributeError:
+            # A store of before: it stays where an allocator is replaced by the next version's.
+            failed = await self._try_each(ends)
+        except (RayError, ValueError) as error:
+            failed = dict.fromkeys(range(len(ends)), str(error))
+        except Exception:
+            log.exception("the ends of %d logs are lost", len(ends))
+            return []
+        return [(batch[place], why) for place, why in failed.items()]
 
-async def end_logs(store: Link, ends: list[LogEnd]) -> None:
-    """Have the store end these logs. Raises what a `Link` raises."""
-    try:
-        await store.call("end_all_logs", ends)
-    except AttributeError:
-        # A store of before: it stays where an allocator is replaced by the next version's.
-        for end in ends:
-            await store.call("end_logs", *end)
+    async def _try_each(self, ends: Sequence[LogEnd]) -> dict[int, str]:
+        failed: dict[int, str] = {}
+        for place, end in enumerate(ends):
+            try:
+                await self._store.call("end_logs", *end)
+            except (RayError, ValueError) as error:
+                failed[place] = str(error)
+        return failed
 
-
-def _settle(some: Sequence[_Pending]) -> None:
-    for _, sent in some:
-        if not sent.done():
-            sent.set_result(None)
+    @staticmethod
+    def _is_given_up(each: _Pending, why: str) -> bool:
+        given_up = time.monotonic() > each.give_up_at
+        if given_up:
+            log.error("the end of the log of %s is lost, the store does not take it: %s", each.end[0], why)
+        return given_up

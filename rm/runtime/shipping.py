@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from ray.exceptions import RayError
 
 from rm.runtime.links import Link
-from rm.runtime.log_ends import end_logs
 from rm.runtime.orders import RunOrder
 from rm.runtime.processes import RankProcess
 from rm.runtime.tail import Tail
@@ -83,7 +82,7 @@ class LogShipper:
                 end = self._order.archive_id, self._order.attempt, last
                 if sum(len(data) for *_, data in last) <= SHORT_BYTES:
                     return end
-                await end_logs(self._store, [end])
+                await self._store.call("end_logs", *end)
                 return None
             except (RayError, ValueError):
                 if time.monotonic() > deadline:

@@ -20,8 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 from rm.core.model import Gang, PlacedBundle, units_by_node
 from rm.core.resources import GPU_UNIT, Bundle
@@ -33,7 +32,6 @@ from rm.runtime.runners import Runners
 
 log = logging.getLogger("rm.stands")
 
-Answer = TypeVar("Answer")
 SETTLE_S = 65.0
 """A little longer than a runner looks for a store that is away."""
 REMOVE_AGAIN_S = 5.0
@@ -245,12 +243,15 @@ class Stands:
 
     async def _collect(self, runners: Iterable[Any]) -> None:
         """Have runners send what is left of logs, and send in their place what the store does not take now."""
+        await settled(map(self._hand_in, runners))
+
+    async def _hand_in(self, runner: Any) -> None:
         try:
-            left = await answers([runner.hand_in.remote() for runner in runners])
+            left = await runner.hand_in.remote()
         except Exception:
-            log.warning("logs may be lost: their runners can't be asked for them", exc_info=True)
+            log.warning("logs may be lost: a runner can't be asked for what is left of them", exc_info=True)
             return
-        for end in chain.from_iterable(left):
+        for end in left:
             self._ends.send(end, at_once=True)
 
     async def _mourn(self, stand: Stand) -> None:
@@ -269,13 +270,15 @@ class Stands:
         task.add_done_callback(among.discard)
 
 
-async def answers(calls: Iterable[Awaitable[Answer]]) -> list[Answer]:
-    """What runners say that are asked about the ends of logs; but not for ever, and whoever is dead says no more."""
-    asked = [asyncio.ensure_future(each) for each in calls]
-    if not asked:
-        return []
-    await asyncio.wait(asked, timeout=SETTLE_S)
-    return [each.result() for each in asked if not each.cancel() and each.exception() is None]
+async def settled(calls: Iterable[Awaitable[None]]) -> None:
+    """Wait until runners have sent the ends of logs away, but not for ever: whoever is dead sends no more."""
+    answers = [asyncio.ensure_future(each) for each in calls]
+    if not answers:
+        return
+    await asyncio.wait(answers, timeout=SETTLE_S)
+    for each in answers:
+        if not each.cancel():
+            each.exception()
 
 
 def env_key(runtime_env: dict[str, Any]) -> str:

@@ -18,17 +18,20 @@ class FakeStore:
 
     error: Exception = RayError("the store is away")
 
-    def __init__(self, away: int = 0) -> None:
+    def __init__(self, away: int = 0, *, full: bool = False) -> None:
+        """`full`: what is of j0 can't be written."""
         self.calls: list[list[LogEnd]] = []
         self.away = away
+        self.full = full
 
-    async def call(self, method: str, ends: list[LogEnd]) -> None:
+    async def call(self, method: str, ends: list[LogEnd]) -> dict[int, str]:
         assert method == "end_all_logs"
         await asyncio.sleep(0)
         if self.away:
             self.away -= 1
             raise self.error
         self.calls.append(ends)
+        return {place: "disk full" for place, each in enumerate(ends) if self.full and each == end(0)}
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +116,7 @@ def test_a_store_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     assert store.calls == [] and store.away == 9
 
 
-def test_what_comes_while_others_are_sent_goes_with_the_next() -> None:
+def test_what_comes_while_others_can_not_be_sent_goes_with_them() -> None:
     async def play() -> list[list[LogEnd]]:
         store = FakeStore(away=50)
         ends = made(store)
@@ -124,7 +127,7 @@ def test_what_comes_while_others_are_sent_goes_with_the_next() -> None:
         await asyncio.gather(first, second)
         return store.calls
 
-    assert asyncio.run(play()) == [[end(0)], [end(1)]]
+    assert asyncio.run(play()) == [[end(0), end(1)]]
 
 
 def test_what_the_store_does_not_take_is_handed_in() -> None:
@@ -177,3 +180,25 @@ def test_a_store_of_before_is_asked_in_its_own_words() -> None:
     old: Any = Old()
     asyncio.run(asyncio.wait_for(sent(old), 5))
     assert asked == [("end_logs", *end(0))]
+
+
+def test_one_that_can_not_be_written_holds_up_no_other() -> None:
+    async def play() -> None:
+        store = FakeStore(full=True)
+        ends = made(store)
+        bad = ends.send(end(0), at_once=False)
+        await asyncio.wait_for(ends.send(end(1), at_once=True), 5)
+        await asyncio.wait_for(ends.send(end(2), at_once=False), 5)
+        assert not bad.done()
+        await asyncio.wait_for(ends.delivered(5, job="kabc-j3"), 1)
+        store.full = False
+        await asyncio.wait_for(ends.delivered(5, job="kabc-j0"), 1)
+        assert bad.done()
+
+    asyncio.run(play())
+
+
+def test_it_is_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(log_ends, "GIVE_UP_S", 0.02)
+    asyncio.run(asyncio.wait_for(sent(FakeStore(full=True)), 5))
+    assert "the end of the log of kabc-j0 is lost, the store does not take it: disk full" in caplog.text
