@@ -54,6 +54,14 @@ def test_a_mixed_burst_is_packed() -> None:
     assert sum(sizes) / 8 <= nodes_wanted(fake)["a"] <= 1.15 * ceil(sum(sizes) / 8)
 
 
+def test_the_largest_are_packed_first_where_that_takes_fewer_nodes() -> None:
+    """One after the other, 6 of 8 GPUs would be all that a third node is asked for."""
+    fake = cluster(shape("a", 8, 60))
+    for gpus in (2, 3, 5, 6):
+        fake.submit(gpus)
+    assert nodes_wanted(fake) == {"a": 2}
+
+
 def test_what_boots_counts_and_what_has_come_is_used() -> None:
     fake = cluster(shape("a", 8, 3))
     job = fake.submit(nodes := 8, count=4)
