@@ -90,7 +90,7 @@ def cluster(count: int, home: str) -> Iterator[Any]:
     from rm.spec import Config
 
     node = {
-        "num_cpus": GPUS,
+        "num_cpus": 1,  # Ray starts as many idle workers on each node
         "object_store_memory": 80 * 2**20,
         "include_dashboard": False,
         "include_log_monitor": False,
@@ -101,7 +101,12 @@ def cluster(count: int, home: str) -> Iterator[Any]:
     try:
         for _ in range(count):
             local.add_node(**node, num_gpus=GPUS)
-        config = Config(home=Path(home) / "rm", checkpoint_root=f"{home}/checkpoints", keep_warm_s=20)
+        config = Config(
+            home=Path(home) / "rm",
+            checkpoint_root=f"{home}/checkpoints",
+            keep_warm_s=20,
+            audit_every_s=3_600,  # it starts a process on each node, and all of them are this machine
+        )
         client = rm.connect(local.address, config=config)
         while sum(each.free_gpus for each in client.nodes()) < count * GPUS:
             time.sleep(0.2)
