@@ -28,6 +28,8 @@ import psutil
 GPUS = 8
 SHAPES = (1, 8, 16, 32, 64)
 """GPUs of a job: from 16 on a gang of several nodes."""
+LOGS_S = 0.8
+"""By then the ends of short logs are in the store."""
 WARM_UP = 2
 """So many times as many jobs as fit at once run before anything is measured: runners have started then."""
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument(
-        "--jobs", type=int, default=200, help="jobs of 1 GPU; of n GPUs a share of them, 20 at least"
+        "--jobs", type=int, default=200, help="jobs of 1 GPU; of n GPUs a share of them, 50 at least"
     )
     parser.add_argument("--at-once", type=int, default=96, help="bundles that run at a time")
     parser.add_argument("--json", action="store_true")
@@ -60,10 +62,12 @@ def measure(count: int, jobs: int, bundles: int) -> list[dict[str, Any]]:
             turn = at_once if at_once < room else None
             shape = {"num_gpus": gpus} if gpus <= GPUS else {"nodes": gpus // GPUS, "gpus_per_node": GPUS}
             run(client, WARM_UP * at_once, shape, turn)
-            number = max(20, jobs // gpus, WARM_UP * at_once)
+            time.sleep(LOGS_S)
+            number = max(50, jobs // gpus, WARM_UP * at_once)
             before, began = head_s(), time.monotonic()
             run(client, number, shape, turn)
             wall_s = time.monotonic() - began
+            time.sleep(LOGS_S)
             spent = {name: after - before[name] for name, after in head_s().items()}
             per_job = {name: 1000 * seconds / number for name, seconds in spent.items()}
             rows.append(
