@@ -68,7 +68,7 @@ def judge(story: Story) -> list[str]:
         return [f"{story.job_id} ({story.name}) is {view.status} and should have ended"]
     lines = [line.split() for line in story.diary if len(line.split()) == 4]
     return [
-        f"{story.job_id} ({story.name}, {story.fate}): {each}"
+        f"{story.job_id} ({story.name}, {story.fate}, {view.status}, hit by {dict(story.hits)}): {each}"
         for each in (*_end(story), *_retries(story), *_attempts(story, lines), *_late(story, lines))
     ]
 
