@@ -97,8 +97,14 @@ class Runner:
             await run.settled()
 
     async def hand_in(self) -> list[LogEnd]:
-        """Before this runner is ended: what is left of the logs of ended runs is sent. Returns what can't be."""
-        await asyncio.gather(*(run.shipped() for run in self._runs.values() if run.ended))
+        """Before this runner is ended: ends what still runs, sends what is left of logs. Returns what can't be sent.
+
+        Ray ends an actor a moment after it was asked to, and its keepers what it ran another one later: by then the
+        GPUs might be another's. So a run that was given up, because its group is gone say, is ended here first.
+        """
+        runs = [run for run in self._runs.values() if run.begun]
+        await asyncio.gather(*(run.stop(0) for run in runs if not run.ended))
+        await asyncio.gather(*(run.shipped() for run in runs))
         return await self._ends.hand_in(HAND_IN_S)
 
     async def life(self) -> None:

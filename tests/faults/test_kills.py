@@ -117,6 +117,18 @@ def test_a_runner_that_dies_in_starting_beside_the_allocator_is_not_made_anew(cl
     assert (view.attempts, view.infra_failures, view.failures) == (2, 0, 0), "and that costs no retry"
 
 
+def test_a_runner_that_has_to_go_ends_what_it_runs_first(client) -> None:
+    """Of an attempt that was given up: when its runner has answered, nobody is left who could use the GPU."""
+    import ray
+
+    job = client.submit("trap '' TERM; sleep 60", num_gpus=1, grace=30)
+    wait_until(lambda: processes_of(job.id) and job.status == "RUNNING", what="it runs")
+    runner = ray.get_actor(f"rm/{client.ledger_key}/{job.view().stand}/0", namespace="rm")
+    assert ray.get(runner.hand_in.remote(), timeout=60) == []
+    assert not user_processes()
+    assert job.wait(60).outcome["signal"] == 9
+
+
 def test_gpus_do_not_wait_for_a_store_that_is_away(client) -> None:
     """The ends of logs are in the runner's memory, and the runner has to go to make room for another kind of job."""
     first = client.submit("echo the last words", num_gpus=1, gpu_type="H100")
