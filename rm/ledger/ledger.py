@@ -286,11 +286,9 @@ def _insert(connection: Connection, table: Table, rows: Sequence[Fields]) -> Non
         cursor.close()
 
 
-def _note_loss(connection: Connection, error: Exception, cursor: Any) -> None:
+def _note_loss(connection: Connection, error: Any, cursor: Any) -> None:
     """As SQLAlchemy does for its own cursors: else the end of the transaction fails again, in less telling words."""
-    dialect, raw = connection.dialect, connection.connection.dbapi_connection
-    driver: Any = dialect.loaded_dbapi
-    if isinstance(error, driver.Error) and dialect.is_disconnect(error, raw, cursor):
+    if connection.dialect.is_disconnect(error, connection.connection.dbapi_connection, cursor):
         connection.invalidate(error)
 
 
