@@ -91,7 +91,8 @@ class BundleRun:
             await asyncio.wait([self._settling])
 
     async def shipped(self) -> None:
-        """Of a run that has ended: returns when what is left of its logs, if anything is, is with the `ends`."""
+        """Of a run that has begun: returns when it has ended, and what is left of its logs, if anything is, is with the
+        `ends`."""
         self._is_awaited = True
         await self._shipped.wait()
 
